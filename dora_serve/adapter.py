@@ -1,0 +1,147 @@
+"""The one in-memory form of an adapter, whatever trainer wrote it.
+
+Every format's reader ends here and everything else starts here. Shapes are canonical: `in` and `out` are those of the
+function the module computes, whatever way its weight is stored (formats.md 1.2):
+
+    module            weight as stored     lora_A                lora_B      magnitude
+    nn.Linear         (out, in)            (r, in)               (out, r)    (out,)
+    HF Conv1D         (in, out)            (r, in)               (out, r)    (out,)
+    nn.ConvNd         (out, in, *kernel)   (r, in * kernel)      (out, r)    (out,)
+    nn.Embedding      (num, dim)           (r, num)              (dim, r)    (dim,)
+
+so that the adapted weight, as an (out, in) matrix, is `V = W + scaling * lora_B @ lora_A` for LoRA and
+`W' = magnitude / ||V|| * V` for DoRA with the norm over each output row (arXiv 2402.09353, section 4).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Kind = Literal["linear", "conv", "embedding"]
+ReplacementRole = Literal["modules_to_save", "bias", "base_layer"]
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """A tensor that is read when asked for. Peak memory: that of what `load` returns, while it is held."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    load: Callable[[], Tensor] = field(repr=False, compare=False)
+
+    @staticmethod
+    def of(tensor: Tensor) -> LazyTensor:
+        """A LazyTensor over one already in memory."""
+        return LazyTensor(tuple(tensor.shape), tensor.dtype, lambda: tensor)
+
+    def map(self, shape: tuple[int, ...], view: Callable[[Tensor], Tensor]) -> LazyTensor:
+        """The same values under `view`, which must give `shape` and keep the dtype."""
+        return LazyTensor(shape, self.dtype, lambda: view(self.load()))
+
+    @property
+    def nbytes(self) -> int:
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class LoraWeights:
+    """One adapted module.
+
+    module: its path in the model that was trained, without the trainer's prefix.
+    kind: what its tensors' names or shapes say it is; "linear" covers HF Conv1D, which only the base tells apart.
+    lora_A (r, in), lora_B (out, r), magnitude (out,) or None for plain LoRA, lora_bias (out,) or None.
+    """
+
+    module: str
+    kind: Kind
+    lora_A: LazyTensor
+    lora_B: LazyTensor
+    scaling: float
+    magnitude: LazyTensor | None = None
+    lora_bias: LazyTensor | None = None
+
+    @property
+    def rank(self) -> int:
+        return self.lora_A.shape[0]
+
+
+@dataclass(frozen=True)
+class ExpertLora:
+    """LoRA on one 2-D or 3-D parameter of a module (PEFT `target_parameters`, formats.md 1.6).
+
+    Which parameter is told by the base's shapes: `depth` 0 is the outermost wrapper, and wrappers nest in the order
+    in which the module registers its parameters, the first innermost.
+    lora_A (experts * r, in), expert slowest; lora_B (out, r * experts), expert fastest unless `expert_slowest`.
+    """
+
+    module: str
+    depth: int
+    lora_A: LazyTensor
+    lora_B: LazyTensor
+    rank: int
+    scaling: float
+    expert_slowest: bool
+    parameters: tuple[str, ...]
+    in_is_dim_1: bool | None
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """A whole trained tensor that takes the place of the base's, before any LoRA is applied to it.
+
+    name: the parameter's path in the model that was trained, e.g. "score.weight".
+    """
+
+    name: str
+    tensor: LazyTensor
+    role: ReplacementRole
+
+
+@dataclass(frozen=True)
+class TokenRows:
+    """Trained rows of an embedding (PEFT `trainable_token_indices`): they replace, they are not added.
+
+    module: the embedding's path; indices (n,), rows (n, dim).
+    """
+
+    module: str
+    indices: tuple[int, ...]
+    rows: LazyTensor
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A trained adapter, read and checked as far as that goes without its base.
+
+    format: the reader's name. config: the adapter's own configuration, as it stands on disk.
+    base, base_revision: what the adapter says it was trained on. notes: what a user should be told.
+    """
+
+    path: Path
+    format: str
+    modules: tuple[LoraWeights, ...]
+    experts: tuple[ExpertLora, ...] = ()
+    replacements: tuple[Replacement, ...] = ()
+    token_rows: tuple[TokenRows, ...] = ()
+    base: str | None = None
+    base_revision: str | None = None
+    task_type: str | None = None
+    files: tuple[Path, ...] = ()
+    config: Mapping[str, object] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def method(self) -> str:
+        """ "DoRA" where any module has a magnitude, else "LoRA", else what it replaces."""
+        if any(module.magnitude is not None for module in self.modules):
+            return "DoRA"
+        return "LoRA" if self.modules or self.experts else "full tensors"

@@ -1,0 +1,205 @@
+"""One safetensors file: its header, checked before it is believed, and reads by byte range.
+
+The safetensors library maps whole files, and every page touched counts as resident memory; a streaming merge has to
+read with a bounded footprint, so only the header format is shared with it (the format section of its README).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dora_serve.errors import CheckpointError
+
+MAX_HEADER_BYTES = 100_000_000
+"""The safetensors library's own limit: a larger header is hostile or corrupt."""
+
+DTYPES: Mapping[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "C64": torch.complex64,
+}
+DTYPE_NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where one tensor lies: dtype, shape, and [start, stop) in bytes from the start of its file."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    path: Path
+    start: int
+    stop: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class SafetensorsFile:
+    """A checked header. `tensors` is in file order."""
+
+    path: Path
+    tensors: Mapping[str, TensorEntry]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+def open_safetensors(path: Path) -> SafetensorsFile:
+    """Read and check the header of a safetensors file.
+
+    Raises CheckpointError for anything the format forbids: no header, a length beyond the file, bytes that are not
+    JSON, offsets that overlap, leave holes, run past the end or disagree with the shape, an unknown dtype.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            prefix = file.read(8)
+            length = int.from_bytes(prefix, "little")
+            if len(prefix) == 8 and length <= min(MAX_HEADER_BYTES, size - 8):
+                header = file.read(length)
+            else:
+                header = b""
+    except OSError as error:
+        raise CheckpointError(
+            f"{str(path)!r} cannot be read: {error.strerror or error}.",
+            remedy="Check that the file is there, whole, and that you may read it.",
+            path=str(path),
+        ) from error
+    if len(prefix) < 8:
+        raise _corrupt(path, f"it is {size} bytes long", "at least 8 bytes, the length of the header")
+    if not header:
+        limit = min(MAX_HEADER_BYTES, size - 8)
+        raise _corrupt(path, f"its first 8 bytes claim a header of {length} bytes", f"at most {limit}")
+    try:
+        table = json.loads(header)
+    except (ValueError, RecursionError) as error:
+        raise _corrupt(path, f"its header is not JSON ({error})", "a JSON object") from error
+    if not isinstance(table, dict):
+        raise _corrupt(path, f"its header is a {type(table).__name__}", "a JSON object")
+    metadata = table.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict):
+        raise _corrupt(path, "its metadata is not an object", "an object of strings")
+    entries = [_entry(path, name, facts, 8 + length) for name, facts in table.items()]
+    entries.sort(key=lambda entry: (entry.start, entry.stop))
+    position = 8 + length
+    for entry in entries:
+        if entry.start != position:
+            raise _corrupt(path, f"{entry.name!r} starts at byte {entry.start}", f"byte {position}")
+        position = entry.stop
+    if position != size:
+        kind = "truncated" if position > size else "too long"
+        raise _corrupt(path, f"the file is {kind}: {size} bytes", f"{position} bytes, as its header says")
+    strings = {str(key): str(value) for key, value in metadata.items()}
+    return SafetensorsFile(path, {entry.name: entry for entry in entries}, strings)
+
+
+def _entry(path: Path, name: str, facts: object, data_start: int) -> TensorEntry:
+    try:
+        assert isinstance(facts, dict)
+        dtype_name, shape, (start, stop) = facts["dtype"], tuple(facts["shape"]), facts["data_offsets"]
+        whole = all(type(value) is int and value >= 0 for value in (*shape, start, stop))
+        assert whole
+    except (AssertionError, KeyError, TypeError, ValueError) as error:
+        raise _corrupt(path, f"the header entry of {name!r} is malformed", "dtype, shape and two offsets") from error
+    dtype = DTYPES.get(dtype_name)
+    if dtype is None:
+        raise _corrupt(path, f"{name!r} has the dtype {dtype_name!r}", f"one of {', '.join(DTYPES)}")
+    if prod(shape) * dtype.itemsize != stop - start:
+        raise _corrupt(
+            path,
+            f"{name!r} is {dtype_name} {list(shape)} and lies in {stop - start} bytes",
+            f"{prod(shape) * dtype.itemsize} bytes",
+        )
+    return TensorEntry(name, dtype, shape, path, data_start + start, data_start + stop)
+
+
+def _corrupt(path: Path, got: str, wanted: str) -> CheckpointError:
+    return CheckpointError(
+        f"{str(path)!r} is not a sound safetensors file: {got}, wanted {wanted}.",
+        remedy="The file is corrupt or was not copied whole: fetch or save it again.",
+        path=str(path),
+        got=got,
+        wanted=wanted,
+    )
+
+
+def read_bytes(path: Path, start: int, stop: int) -> bytearray:
+    """Bytes [start, stop) of a file. Raises CheckpointError where they cannot be had."""
+    buffer = bytearray(stop - start)
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError as error:
+        raise CheckpointError(f"{str(path)!r} cannot be opened: {error.strerror}.", path=str(path)) from error
+    try:
+        fill(descriptor, memoryview(buffer), start, path)
+    finally:
+        os.close(descriptor)
+    return buffer
+
+
+def fill(descriptor: int, view: memoryview, offset: int, path: Path) -> None:
+    """Fill `view` from `offset` of an open file. Raises CheckpointError on a read error or an early end."""
+    done = 0
+    while done < len(view):
+        try:
+            count = os.preadv(descriptor, [view[done:]], offset + done)
+        except OSError as error:
+            raise CheckpointError(
+                f"{str(path)!r} cannot be read at byte {offset + done}: {error.strerror}.",
+                remedy="The disk or the network share that holds it fails; copy the file elsewhere and try again.",
+                path=str(path),
+            ) from error
+        if count == 0:
+            raise CheckpointError(
+                f"{str(path)!r} ended at byte {offset + done}, {len(view) - done} bytes early.",
+                remedy="It was changed or truncated while it was read.",
+                path=str(path),
+            )
+        done += count
+
+
+def read_tensor(entry: TensorEntry) -> Tensor:
+    """The whole tensor, in a buffer of its own."""
+    if entry.nbytes == 0:
+        return torch.empty(entry.shape, dtype=entry.dtype)
+    return torch.frombuffer(read_bytes(entry.path, entry.start, entry.stop), dtype=entry.dtype).view(entry.shape)
+
+
+def encode_header(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
+    """The 8-byte length and the JSON header of a file that holds `tensors` one after the other in this order.
+
+    The header is padded with spaces so that the data starts on a multiple of 8, as the safetensors library does.
+    """
+    table: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    position = 0
+    for name, (dtype, shape) in tensors.items():
+        stop = position + prod(shape) * dtype.itemsize
+        table[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [position, stop]}
+        position = stop
+    header = json.dumps(table, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header
