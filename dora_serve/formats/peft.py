@@ -1,0 +1,450 @@
+"""PEFT's on-disk LoRA and DoRA (peft 0.21.2: utils/save_and_load.py, tuners/lora/model.py; formats.md section 1).
+
+Every tensor of the file ends up in the Adapter or in an error. A reader knows nothing of the base: whether a module
+exists there, which parameter of an expert is meant and what has to be untied is decided in `resolve`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dora_serve.adapter import Adapter, ExpertLora, Kind, LazyTensor, LoraWeights, Replacement, TokenRows
+from dora_serve.errors import AdapterError, UnmergeableError
+from dora_serve.formats.peft_config import CONFIG_NAME, PeftConfig, read_config
+from dora_serve.safetensors_file import open_safetensors, read_tensor
+
+SAFETENSORS_NAME = "adapter_model.safetensors"
+PICKLE_NAME = "adapter_model.bin"
+
+# The adapter's name stands in raw state dicts (FSDP, DeepSpeed) and is stripped by save_pretrained.
+_NAMED = r"(?:\.[^.]+)?"
+_SUFFIXES: Mapping[str, re.Pattern[str]] = {
+    "A": re.compile(rf"^(.+)\.lora_A{_NAMED}\.weight$"),
+    "B": re.compile(rf"^(.+)\.lora_B{_NAMED}\.weight$"),
+    "B_bias": re.compile(rf"^(.+)\.lora_B{_NAMED}\.bias$"),
+    "embedding_A": re.compile(rf"^(.+)\.lora_embedding_A{_NAMED}$"),
+    "embedding_B": re.compile(rf"^(.+)\.lora_embedding_B{_NAMED}$"),
+    "magnitude": re.compile(r"^(.+)\.lora_magnitude_vector(?:\.[^.]+)?(?:\.weight)?$"),
+    "token_rows": re.compile(rf"^(.+?)(?:\.token_adapter)?\.trainable_tokens_delta{_NAMED}$"),
+}
+_MODULES_TO_SAVE = re.compile(r"^(.+)\.modules_to_save\.[^.]+\.(.+)$")
+# Of a wrapped module, raw state dicts also hold what is not used while the adapter is active, and training state.
+_UNUSED = re.compile(
+    r"\.(original_module|token_adapter\.trainable_tokens_original|lora_monteclora_sampler|lora_velora_\w+)\b"
+)
+_EMBEDDING_LEAVES = ("embed_tokens", "lm_head", "wte", "word_embeddings", "shared", "embed_in", "embed_out")
+
+
+def sniff(path: Path) -> bool:
+    """Whether the folder holds a PEFT adapter: its configuration, or at least its weights' file."""
+    if (path / CONFIG_NAME).is_file():
+        return True
+    return (path / SAFETENSORS_NAME).is_file() or (path / PICKLE_NAME).is_file()
+
+
+def read(path: Path, allow_pickle: bool, ignore_config: frozenset[str]) -> Adapter:
+    """Read a PEFT adapter folder. Peak memory: one of its tensors (all of them for a pickle).
+
+    Raises AdapterError (every problem of the files at once where they are independent) and UnmergeableError.
+    """
+    if not (path / CONFIG_NAME).is_file():
+        raise AdapterError(
+            f"{str(path)!r} has no {CONFIG_NAME}: got weights alone, wanted the configuration that says their rank, "
+            "alpha and method.",
+            remedy="Copy it from the trainer's output folder; without it the scale of the update is unknown.",
+            path=str(path),
+        )
+    config = read_config(path, ignore_config)
+    tensors, weights_file = _open_weights(path, allow_pickle)
+    if not tensors:
+        raise AdapterError(f"{str(weights_file)!r} holds no tensors.", remedy="Save the adapter again.")
+    grouped = _group(tensors, config)
+    _require_finite(tensors, grouped.unused)
+    modules = tuple(_modules(grouped, config))
+    notes = list(grouped.notes)
+    if grouped.unused:
+        notes.append(
+            f"{len(grouped.unused)} tensors of training state are not used by the adapted model: ignored."
+        )
+    base = config.raw.get("base_model_name_or_path")
+    revision = config.raw.get("revision")
+    task_type = config.raw.get("task_type")
+    return Adapter(
+        path=path,
+        format="peft",
+        modules=modules,
+        experts=tuple(_experts(grouped, config)),
+        replacements=tuple(grouped.replacements),
+        token_rows=tuple(_token_rows(grouped, config)),
+        base=str(base) if base else None,
+        base_revision=str(revision) if revision else None,
+        task_type=str(task_type) if task_type else None,
+        files=(path / CONFIG_NAME, weights_file),
+        config=config.raw,
+        notes=tuple(notes),
+    )
+
+
+def _open_weights(path: Path, allow_pickle: bool) -> tuple[dict[str, LazyTensor], Path]:
+    safetensors, pickle = path / SAFETENSORS_NAME, path / PICKLE_NAME
+    if safetensors.is_file():
+        try:
+            header = open_safetensors(safetensors)
+        except Exception as error:
+            raise AdapterError(str(error), path=str(safetensors)) from error
+        lazy = {
+            name: LazyTensor(entry.shape, entry.dtype, lambda entry=entry: read_tensor(entry))  # type: ignore[misc]
+            for name, entry in header.tensors.items()
+        }
+        return lazy, safetensors
+    if not pickle.is_file():
+        found = sorted(entry.name for entry in path.iterdir())
+        raise AdapterError(
+            f"{str(path)!r} has a configuration and no weights: got {', '.join(found)}, wanted {SAFETENSORS_NAME}.",
+            remedy="Copy the weights from the trainer's output folder.",
+            path=str(path),
+        )
+    if not allow_pickle:
+        raise AdapterError(
+            f"{str(path)!r} holds its weights only as {PICKLE_NAME}, a pickle, which can run code when it is read.",
+            remedy="If you trust where it comes from, say --allow-pickle: it is then read with weights_only=True.",
+            path=str(pickle),
+        )
+    try:
+        state = torch.load(pickle, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises a dozen kinds on hostile or truncated input
+        raise AdapterError(
+            f"{str(pickle)!r} cannot be read as weights only: {error}.",
+            remedy="Convert it to safetensors where it was made.",
+            path=str(pickle),
+        ) from error
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise AdapterError(f"{str(pickle)!r} holds no dictionary of tensors.", path=str(pickle))
+    return {str(name): LazyTensor.of(value.detach().contiguous()) for name, value in state.items()}, pickle
+
+
+@dataclass
+class _Grouped:
+    """The file's tensors by module and role, before they are judged."""
+
+    parts: dict[str, dict[str, LazyTensor]] = field(default_factory=lambda: defaultdict(dict))
+    replacements: list[Replacement] = field(default_factory=list)
+    unused: set[str] = field(default_factory=set)
+    notes: list[str] = field(default_factory=list)
+
+
+def _group(tensors: Mapping[str, LazyTensor], config: PeftConfig) -> _Grouped:
+    grouped, unknown = _Grouped(), []
+    for key, tensor in tensors.items():
+        name = _strip_prefix(key)
+        if _UNUSED.search(name):
+            grouped.unused.add(key)
+            continue
+        role, module = _role(name)
+        if role is not None:
+            if role in grouped.parts[module]:
+                raise AdapterError(
+                    f"The adapter holds {role} of {module!r} twice, once as {key!r}.",
+                    remedy="Two adapters were saved into one file; save one of them alone.",
+                )
+            grouped.parts[module][role] = tensor
+        elif (replacement := _replacement(name, tensor, config)) is not None:
+            grouped.replacements.append(replacement)
+        else:
+            unknown.append(f"{key} {list(tensor.shape)}")
+    if unknown:
+        raise AdapterError(
+            f"The adapter holds {len(unknown)} tensors that are not understood: {', '.join(unknown[:8])}"
+            f"{', ...' if len(unknown) > 8 else ''}.",
+            remedy="Nothing is dropped in silence: remove them if they do not belong, or report the format.",
+            tensors=unknown,
+        )
+    return grouped
+
+
+def _strip_prefix(key: str) -> str:
+    name = (
+        key.removeprefix("base_model.model.").replace("_fsdp_wrapped_module.", "").replace("_orig_mod.", "")
+    )
+    return name.removeprefix("module.base_model.model.")
+
+
+def _role(name: str) -> tuple[str | None, str]:
+    for role, pattern in _SUFFIXES.items():
+        if match := pattern.match(name):
+            return role, match[1]
+    return None, name
+
+
+def _replacement(name: str, tensor: LazyTensor, config: PeftConfig) -> Replacement | None:
+    if match := _MODULES_TO_SAVE.match(name):
+        return Replacement(f"{match[1]}.{match[2]}", tensor, "modules_to_save")
+    if ".base_layer." in name:
+        plain = name.replace(".base_layer.", ".")
+        is_bias = plain.endswith(".bias") and config.bias in ("all", "lora_only")
+        return Replacement(plain, tensor, "bias" if is_bias else "base_layer")
+    module = name.rpartition(".")[0]
+    if any(re.search(rf"(^|\.){re.escape(saved)}(\.|$)", module) for saved in config.modules_to_save):
+        return Replacement(name, tensor, "modules_to_save")
+    if name.endswith(".bias") and config.bias in ("all", "lora_only"):
+        return Replacement(name, tensor, "bias")
+    if name.endswith(".weight") and module.rpartition(".")[2] in _EMBEDDING_LEAVES:
+        return Replacement(name, tensor, "base_layer")
+    return None
+
+
+def _require_finite(tensors: Mapping[str, LazyTensor], unused: set[str]) -> None:
+    bad = []
+    for key, lazy in tensors.items():
+        if key in unused or not lazy.dtype.is_floating_point:
+            continue
+        tensor = lazy.load()
+        if tensor.dtype.itemsize == 1:  # no isfinite kernel for float8
+            tensor = tensor.float()
+        wrong = tensor.numel() - int(torch.isfinite(tensor).sum())
+        if wrong:
+            bad.append(f"{key} ({wrong} of {tensor.numel()})")
+    if bad:
+        raise AdapterError(
+            f"The adapter holds values that are NaN or infinite: {', '.join(bad[:8])}{', ...' if len(bad) > 8 else ''}.",
+            remedy="The training diverged, or the file is damaged: use an earlier checkpoint.",
+            tensors=bad,
+        )
+
+
+def _modules(grouped: _Grouped, config: PeftConfig) -> list[LoraWeights]:
+    problems: list[str] = []
+    modules = []
+    for module, parts in grouped.parts.items():
+        if "token_rows" in parts and len(parts) == 1 or _is_expert(module, config, grouped):
+            continue
+        kind: Kind = "embedding" if "embedding_A" in parts or "embedding_B" in parts else "linear"
+        name_a, name_b = ("embedding_A", "embedding_B") if kind == "embedding" else ("A", "B")
+        missing = [name for name in (name_a, name_b) if name not in parts]
+        if missing:
+            problems.append(
+                f"{module}: has {', '.join(sorted(parts))}, lora_{' and lora_'.join(missing)} is missing"
+            )
+            continue
+        lora_a, lora_b = parts[name_a], parts[name_b]
+        if problem := _shape_problem(module, kind, lora_a, lora_b, parts, config):
+            problems.append(problem)
+            continue
+        if len(lora_a.shape) > 2:
+            kind = "conv"
+        lora_a, lora_b = _block_diagonal(module, lora_a, lora_b, config)
+        rank, out = lora_b.shape[1], lora_b.shape[0]
+        magnitude = parts.get("magnitude")
+        modules.append(
+            LoraWeights(
+                module=module,
+                kind=kind,
+                lora_A=lora_a.map((rank, prod(lora_a.shape[1:])), lambda tensor: tensor.flatten(1)),
+                lora_B=lora_b.map((out, rank), lambda tensor: tensor.flatten(1)),
+                scaling=config.scaling(module),
+                magnitude=magnitude.map((out,), torch.flatten) if magnitude else None,
+                lora_bias=parts.get("B_bias"),
+            )
+        )
+    if problems:
+        shown = "".join(f"\n  - {problem}" for problem in problems[:20])
+        more = f"\n  - and {len(problems) - 20} more" if len(problems) > 20 else ""
+        raise AdapterError(
+            f"The adapter in {SAFETENSORS_NAME} does not fit its {CONFIG_NAME}:{shown}{more}",
+            remedy="Save the adapter again from the trained model; do not edit one file without the other.",
+            problems=problems,
+        )
+    return modules
+
+
+def _shape_problem(
+    module: str,
+    kind: Kind,
+    lora_a: LazyTensor,
+    lora_b: LazyTensor,
+    parts: Mapping[str, LazyTensor],
+    config: PeftConfig,
+) -> str | None:
+    """What is wrong with the tensors of one module, or None. Raises UnmergeableError for a grouped convolution."""
+    shapes = f"lora_A {list(lora_a.shape)} and lora_B {list(lora_b.shape)}"
+    if min(len(lora_a.shape), len(lora_b.shape)) < 2 or 0 in (*lora_a.shape, *lora_b.shape):
+        return (
+            f"{module}: {shapes} are shards or empty; a ZeRO-3 or FSDP run saved them without gathering them"
+        )
+    rank = config.rank(module)
+    if len(lora_a.shape) > 2 and lora_a.shape[0] == rank and lora_b.shape[1] != rank:
+        raise UnmergeableError(
+            f"The adapter cannot be merged: {module} is a grouped convolution ({shapes}), for which no trainer defines "
+            "a merged weight.",
+            remedy="Leave grouped convolutions out of target_modules.",
+            module=module,
+        )
+    block_diagonal = _is_block_diagonal(module, config)
+    if lora_a.shape[0] != rank or (lora_b.shape[1] != rank and not block_diagonal):
+        return f"{module}: {shapes}, where {CONFIG_NAME} says rank {rank}"
+    if prod(lora_b.shape[2:]) != 1:
+        return f"{module}: lora_B {list(lora_b.shape)}, wanted a 1x1 kernel"
+    magnitude = parts.get("magnitude")
+    if config.use_dora and magnitude is None:
+        return (
+            f"{module}: {CONFIG_NAME} says use_dora and lora_magnitude_vector is missing; its writer lost the "
+            "magnitudes, and merging the rest would give another model"
+        )
+    if magnitude is not None and not config.use_dora:
+        return f"{module}: has a lora_magnitude_vector, and {CONFIG_NAME} says use_dora is false"
+    if magnitude is not None and prod(magnitude.shape) != lora_b.shape[0]:
+        return f"{module}: lora_magnitude_vector {list(magnitude.shape)}, wanted {lora_b.shape[0]} values"
+    bias = parts.get("B_bias")
+    if bias is not None and (not config.lora_bias or bias.shape != lora_b.shape[:1]):
+        return f"{module}: lora_B.bias {list(bias.shape)} with lora_bias = {config.lora_bias}"
+    if config.lora_bias and bias is None and kind == "linear":
+        return f"{module}: {CONFIG_NAME} says lora_bias and lora_B.bias is missing"
+    return None
+
+
+def _is_block_diagonal(module: str, config: PeftConfig) -> str | None:
+    """ "A" or "B" where BD-LoRA stores that factor as blocks (peft variants.py, BdLoraLinearVariant.init)."""
+    if config.block_diagonal is None:
+        return None
+    leaf = module.rpartition(".")[2]
+    for factor, key in (("A", "target_modules_bd_a"), ("B", "target_modules_bd_b")):
+        patterns = config.block_diagonal.get(key) or []
+        if isinstance(patterns, list) and any(str(pattern) in leaf for pattern in patterns):
+            return factor
+    return None
+
+
+def _block_diagonal(
+    module: str, lora_a: LazyTensor, lora_b: LazyTensor, config: PeftConfig
+) -> tuple[LazyTensor, LazyTensor]:
+    factor = _is_block_diagonal(module, config)
+    if factor is None or config.block_diagonal is None:
+        return lora_a, lora_b
+    blocks = config.block_diagonal.get("nblocks")
+    stored = lora_a if factor == "A" else lora_b
+    if not isinstance(blocks, int) or blocks < 1 or stored.shape[0] % blocks:
+        raise AdapterError(f"{module}: {list(stored.shape)} cannot be cut into nblocks = {blocks!r} blocks.")
+
+    def assemble(tensor: Tensor) -> Tensor:
+        return torch.block_diag(*tensor.chunk(blocks, dim=0))
+
+    whole = stored.map((stored.shape[0], stored.shape[1] * blocks), assemble)
+    return (whole, lora_b) if factor == "A" else (lora_a, whole)
+
+
+def _is_expert(module: str, config: PeftConfig, grouped: _Grouped) -> bool:
+    """Whether this module's LoRA sits on parameters of its own name rather than on a layer's weight."""
+    return bool(config.target_parameters) and bool(_candidates(module.removesuffix(".base_layer"), config))
+
+
+def _candidates(module: str, config: PeftConfig) -> tuple[str, ...]:
+    """Names of the parameters of `module` that `target_parameters` means (peft tuners_utils._inject_parameters)."""
+    while module.endswith(".base_layer"):
+        module = module.removesuffix(".base_layer")
+    owners = [target.rpartition(".") for target in config.target_parameters]
+    found = {
+        leaf for owner, _, leaf in owners if module == owner or module.endswith(f".{owner}") or not owner
+    }
+    return tuple(sorted(found))
+
+
+def _experts(grouped: _Grouped, config: PeftConfig) -> list[ExpertLora]:
+    experts = []
+    for name, parts in grouped.parts.items():
+        if not _is_expert(name, config, grouped):
+            continue
+        module, depth = name, 0
+        while module.endswith(".base_layer"):
+            module, depth = module.removesuffix(".base_layer"), depth + 1
+        if parts.keys() != {"A", "B"} or config.use_dora:
+            raise AdapterError(
+                f"{module}: LoRA on parameters has {', '.join(sorted(parts))}, wanted lora_A and lora_B, without DoRA.",
+                remedy="Save the adapter again from the trained model.",
+            )
+        parameters = _candidates(module, config)
+        ranks = {config.rank(f"{module}.{parameter}") for parameter in parameters}
+        scalings = {config.scaling(f"{module}.{parameter}") for parameter in parameters}
+        if len(ranks) > 1 or len(scalings) > 1:
+            raise UnmergeableError(
+                f"{module}: its parameters {', '.join(parameters)} have different ranks or alphas, and the file does "
+                "not say which tensor belongs to which.",
+                remedy="Train them with one rank and alpha.",
+            )
+        rank = ranks.pop()
+        lora_a, lora_b = parts["A"], parts["B"]
+        fits = len(lora_a.shape) == 2 and len(lora_b.shape) == 2 and lora_a.shape[0] == lora_b.shape[1]
+        if not fits or lora_a.shape[0] % rank:
+            raise AdapterError(
+                f"{module}: lora_A {list(lora_a.shape)} and lora_B {list(lora_b.shape)}, wanted [experts * {rank}, in] "
+                f"and [out, {rank} * experts].",
+                remedy="Save the adapter again from the trained model.",
+            )
+        experts.append(
+            ExpertLora(
+                module=module,
+                depth=depth,
+                lora_A=lora_a,
+                lora_B=lora_b,
+                rank=rank,
+                scaling=scalings.pop(),
+                expert_slowest=config.expert_slowest,
+                parameters=parameters,
+                in_is_dim_1=_in_is_dim_1(config),
+            )
+        )
+    return experts
+
+
+def _in_is_dim_1(config: PeftConfig) -> bool | None:
+    """Whether a square (experts, n, n) parameter was read as (experts, in, out) by the PEFT that trained it.
+
+    None where the base decides (0.19.1 and later, #3165). Up to 0.18 it always was; 0.19.0 had it inverted, which no
+    shape can tell, and its square parameters are refused in `resolve`.
+    """
+    version = str(config.raw.get("peft_version") or "")
+    match = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", version)
+    if match is None:
+        return True  # the key itself came with 0.18
+    numbers = (int(match[1]), int(match[2]), int(match[3] or 0))
+    return True if numbers < (0, 19, 0) else None
+
+
+def _token_rows(grouped: _Grouped, config: PeftConfig) -> list[TokenRows]:
+    spec = config.raw.get("trainable_token_indices")
+    found = []
+    for module, parts in grouped.parts.items():
+        rows = parts.get("token_rows")
+        if rows is None:
+            continue
+        indices = _indices_for(module, spec)
+        if indices is None or len(rows.shape) != 2 or len(indices) != rows.shape[0]:
+            raise AdapterError(
+                f"{module}: has {rows.shape[0] if rows.shape else 0} trained token rows, and trainable_token_indices "
+                f"is {spec!r}, wanted as many indices.",
+                remedy="The indices are only in the configuration: restore the adapter_config.json of this training.",
+            )
+        found.append(TokenRows(module, indices, rows))
+    if spec and not found:
+        raise AdapterError(
+            f"{CONFIG_NAME} says trainable_token_indices = {spec!r}, and the file holds no trained token rows.",
+            remedy="Save the adapter again from the trained model.",
+        )
+    return found
+
+
+def _indices_for(module: str, spec: object) -> tuple[int, ...] | None:
+    if isinstance(spec, dict):
+        spec = next(
+            (value for key, value in spec.items() if module == key or module.endswith(f".{key}")), None
+        )
+    if not isinstance(spec, list) or not all(isinstance(index, int) and index >= 0 for index in spec):
+        return None
+    return tuple(spec)
