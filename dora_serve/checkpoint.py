@@ -62,13 +62,9 @@ def open_checkpoint(folder: Path) -> ShardedCheckpoint:
     """
     if folder.is_file() and folder.suffix == ".safetensors":
         file = open_safetensors(folder)
-        return ShardedCheckpoint(
-            folder.parent, {folder.name: file}, file.tensors, None, {}, read_json(folder.parent)
-        )
+        return ShardedCheckpoint(folder.parent, {folder.name: file}, file.tensors, None, {}, read_json(folder.parent))
     if not folder.is_dir():
-        raise CheckpointError(
-            no_such_path("The checkpoint", folder), remedy="Check the path.", path=str(folder)
-        )
+        raise CheckpointError(no_such_path("The checkpoint", folder), remedy="Check the path.", path=str(folder))
     index = _find_index(folder)
     if index is None:
         single = _find_single(folder)
@@ -91,9 +87,7 @@ def read_json(folder: Path, name: str = CONFIG_NAME) -> dict[str, object]:
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{str(path)!r} cannot be read as JSON: {error}.", path=str(path)) from error
     if not isinstance(value, dict):
-        raise CheckpointError(
-            f"{str(path)!r} holds a {type(value).__name__}, wanted an object.", path=str(path)
-        )
+        raise CheckpointError(f"{str(path)!r} holds a {type(value).__name__}, wanted an object.", path=str(path))
     return value
 
 
@@ -105,10 +99,7 @@ def side_files(folder: Path) -> tuple[Path, ...]:
     found = []
     for path in sorted(folder.rglob("*")):
         relative = path.relative_to(folder)
-        if (
-            any(part.startswith(".") or part == "__pycache__" for part in relative.parts)
-            or not path.is_file()
-        ):
+        if any(part.startswith(".") or part == "__pycache__" for part in relative.parts) or not path.is_file():
             continue
         if relative.name.endswith(_WEIGHT_SUFFIXES) or relative.name.endswith(".index.json"):
             continue
@@ -163,9 +154,7 @@ def _read_index(path: Path) -> tuple[dict[str, str], dict[str, object]]:
     if not isinstance(weight_map, dict) or not weight_map or not isinstance(metadata, dict):
         raise CheckpointError(f"{str(path)!r} has no weight_map.", remedy="Fetch it again.", path=str(path))
     for tensor, name in weight_map.items():
-        plain = (
-            isinstance(name, str) and Path(name).name == name and name not in (".", "..") and "\\" not in name
-        )
+        plain = isinstance(name, str) and Path(name).name == name and name not in (".", "..") and "\\" not in name
         if not plain:
             raise CheckpointError(
                 f"{str(path)!r} places {tensor!r} in {name!r}: wanted the plain name of a file beside the index.",
@@ -179,18 +168,14 @@ def _read_index(path: Path) -> tuple[dict[str, str], dict[str, object]]:
     return weight_map, metadata
 
 
-def _require_agreement(
-    index: Path, weight_map: Mapping[str, str], files: Mapping[str, SafetensorsFile]
-) -> None:
+def _require_agreement(index: Path, weight_map: Mapping[str, str], files: Mapping[str, SafetensorsFile]) -> None:
     wrong = []
     for tensor, name in weight_map.items():
         if tensor not in files[name].tensors:
             wrong.append(f"{tensor} is not in {name}, where the index puts it")
     for name, file in files.items():
         wrong += [
-            f"{tensor} lies in {name} and is not in the index"
-            for tensor in file.tensors
-            if tensor not in weight_map
+            f"{tensor} lies in {name} and is not in the index" for tensor in file.tensors if tensor not in weight_map
         ]
         wrong += [
             f"{tensor} lies in {name} and the index puts it in {weight_map[tensor]}"

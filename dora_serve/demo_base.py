@@ -105,9 +105,7 @@ def _is_demo_base(folder: Path) -> bool:
 
     if not all((folder / name).is_file() for name in _FILES):
         return False
-    if f"base_model: {MODEL_ID}\n" not in (folder / "README.md").read_text(
-        encoding="utf-8", errors="replace"
-    ):
+    if f"base_model: {MODEL_ID}\n" not in (folder / "README.md").read_text(encoding="utf-8", errors="replace"):
         return False
     try:
         with safe_open(folder / "model.safetensors", framework="numpy"):

@@ -124,9 +124,7 @@ def _entry(path: Path, name: str, facts: object, data_start: int) -> TensorEntry
         whole = all(type(value) is int and value >= 0 for value in (*shape, start, stop))
         assert whole
     except (AssertionError, KeyError, TypeError, ValueError) as error:
-        raise _corrupt(
-            path, f"the header entry of {name!r} is malformed", "dtype, shape and two offsets"
-        ) from error
+        raise _corrupt(path, f"the header entry of {name!r} is malformed", "dtype, shape and two offsets") from error
     dtype = DTYPES.get(dtype_name)
     if dtype is None:
         raise _corrupt(path, f"{name!r} has the dtype {dtype_name!r}", f"one of {', '.join(DTYPES)}")
@@ -188,14 +186,10 @@ def read_tensor(entry: TensorEntry) -> Tensor:
     """The whole tensor, in a buffer of its own."""
     if entry.nbytes == 0:
         return torch.empty(entry.shape, dtype=entry.dtype)
-    return torch.frombuffer(read_bytes(entry.path, entry.start, entry.stop), dtype=entry.dtype).view(
-        entry.shape
-    )
+    return torch.frombuffer(read_bytes(entry.path, entry.start, entry.stop), dtype=entry.dtype).view(entry.shape)
 
 
-def encode_header(
-    tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]
-) -> bytes:
+def encode_header(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
     """The 8-byte length and the JSON header of a file that holds `tensors` one after the other in this order.
 
     The header is padded with spaces so that the data starts on a multiple of 8, as the safetensors library does.

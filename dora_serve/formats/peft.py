@@ -71,9 +71,7 @@ def read(path: Path, allow_pickle: bool, ignore_config: frozenset[str]) -> Adapt
     modules = tuple(_modules(grouped, config))
     notes = list(grouped.notes)
     if grouped.unused:
-        notes.append(
-            f"{len(grouped.unused)} tensors of training state are not used by the adapted model: ignored."
-        )
+        notes.append(f"{len(grouped.unused)} tensors of training state are not used by the adapted model: ignored.")
     base = config.raw.get("base_model_name_or_path")
     revision = config.raw.get("revision")
     task_type = config.raw.get("task_type")
@@ -171,9 +169,7 @@ def _group(tensors: Mapping[str, LazyTensor], config: PeftConfig) -> _Grouped:
 
 
 def _strip_prefix(key: str) -> str:
-    name = (
-        key.removeprefix("base_model.model.").replace("_fsdp_wrapped_module.", "").replace("_orig_mod.", "")
-    )
+    name = key.removeprefix("base_model.model.").replace("_fsdp_wrapped_module.", "").replace("_orig_mod.", "")
     return name.removeprefix("module.base_model.model.")
 
 
@@ -230,9 +226,7 @@ def _modules(grouped: _Grouped, config: PeftConfig) -> list[LoraWeights]:
         name_a, name_b = ("embedding_A", "embedding_B") if kind == "embedding" else ("A", "B")
         missing = [name for name in (name_a, name_b) if name not in parts]
         if missing:
-            problems.append(
-                f"{module}: has {', '.join(sorted(parts))}, lora_{' and lora_'.join(missing)} is missing"
-            )
+            problems.append(f"{module}: has {', '.join(sorted(parts))}, lora_{' and lora_'.join(missing)} is missing")
             continue
         lora_a, lora_b = parts[name_a], parts[name_b]
         if problem := _shape_problem(module, kind, lora_a, lora_b, parts, config):
@@ -276,9 +270,7 @@ def _shape_problem(
     """What is wrong with the tensors of one module, or None. Raises UnmergeableError for a grouped convolution."""
     shapes = f"lora_A {list(lora_a.shape)} and lora_B {list(lora_b.shape)}"
     if min(len(lora_a.shape), len(lora_b.shape)) < 2 or 0 in (*lora_a.shape, *lora_b.shape):
-        return (
-            f"{module}: {shapes} are shards or empty; a ZeRO-3 or FSDP run saved them without gathering them"
-        )
+        return f"{module}: {shapes} are shards or empty; a ZeRO-3 or FSDP run saved them without gathering them"
     rank = config.rank(module)
     if len(lora_a.shape) > 2 and lora_a.shape[0] == rank and lora_b.shape[1] != rank:
         raise UnmergeableError(
@@ -350,9 +342,7 @@ def _candidates(module: str, config: PeftConfig) -> tuple[str, ...]:
     while module.endswith(".base_layer"):
         module = module.removesuffix(".base_layer")
     owners = [target.rpartition(".") for target in config.target_parameters]
-    found = {
-        leaf for owner, _, leaf in owners if module == owner or module.endswith(f".{owner}") or not owner
-    }
+    found = {leaf for owner, _, leaf in owners if module == owner or module.endswith(f".{owner}") or not owner}
     return tuple(sorted(found))
 
 
@@ -442,9 +432,7 @@ def _token_rows(grouped: _Grouped, config: PeftConfig) -> list[TokenRows]:
 
 def _indices_for(module: str, spec: object) -> tuple[int, ...] | None:
     if isinstance(spec, dict):
-        spec = next(
-            (value for key, value in spec.items() if module == key or module.endswith(f".{key}")), None
-        )
+        spec = next((value for key, value in spec.items() if module == key or module.endswith(f".{key}")), None)
     if not isinstance(spec, list) or not all(isinstance(index, int) and index >= 0 for index in spec):
         return None
     return tuple(spec)

@@ -91,9 +91,7 @@ def read_config(folder: Path, ignore: frozenset[str]) -> PeftConfig:
             path=str(path),
         ) from error
     if not isinstance(raw, dict):
-        raise AdapterError(
-            f"{str(path)!r} holds a {type(raw).__name__}, wanted a JSON object.", path=str(path)
-        )
+        raise AdapterError(f"{str(path)!r} holds a {type(raw).__name__}, wanted a JSON object.", path=str(path))
     peft_type = raw.get("peft_type")
     if peft_type != "LORA":
         raise AdapterError(

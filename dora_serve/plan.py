@@ -1,0 +1,163 @@
+"""What a merge will do, tensor by tensor: frozen and printable, and made before a byte is written."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+
+import torch
+
+from dora_serve.adapter import Adapter, LazyTensor
+from dora_serve.checkpoint import ShardedCheckpoint
+from dora_serve.safetensors_file import DTYPE_NAMES, TensorEntry
+
+
+@dataclass(frozen=True)
+class Region:
+    """The part of a stored tensor that one update covers.
+
+    The tensor is seen as a matrix of `width` columns (its last dimension; for a convolution all but its first); the
+    region is its rows [start, stop). transposed: the matrix holds (in, out) rather than (out, in).
+    """
+
+    start: int
+    stop: int
+    width: int
+    transposed: bool
+
+    @property
+    def out_in(self) -> tuple[int, int]:
+        """(out, in) of the function that the region computes."""
+        rows = self.stop - self.start
+        return (self.width, rows) if self.transposed else (rows, self.width)
+
+
+@dataclass(frozen=True)
+class LoraEdit:
+    """A LoRA or DoRA update of one region.
+
+    lora_A (r, in), lora_B (out, r), magnitude (out,) or None. module: for messages, the name in the adapter.
+    """
+
+    module: str
+    region: Region
+    lora_A: LazyTensor
+    lora_B: LazyTensor
+    scaling: float
+    magnitude: LazyTensor | None
+
+
+@dataclass(frozen=True)
+class RowEdit:
+    """Rows of the stored tensor that are replaced: indices (n,), rows (n, dim)."""
+
+    module: str
+    indices: tuple[int, ...]
+    rows: LazyTensor
+
+
+@dataclass(frozen=True)
+class VectorEdit:
+    """`scaling * vector` is added to elements [start, start + n) of a 1-D tensor (PEFT's lora_bias)."""
+
+    module: str
+    start: int
+    scaling: float
+    vector: LazyTensor
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """One tensor of the output: `source`, then the row replacements, then the updates, rounded once to `dtype`.
+
+    source: the base's tensor, or one of the adapter's that takes its place.
+    """
+
+    name: str
+    file: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    source: TensorEntry | LazyTensor
+    loras: tuple[LoraEdit, ...] = ()
+    rows: tuple[RowEdit, ...] = ()
+    vectors: tuple[VectorEdit, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether the output's bytes are the base's."""
+        plain = not (self.loras or self.rows or self.vectors)
+        return plain and isinstance(self.source, TensorEntry) and self.source.dtype == self.dtype
+
+    @property
+    def action(self) -> str:
+        """One word for what happens to the tensor."""
+        if self.loras:
+            return "DoRA" if any(edit.magnitude is not None for edit in self.loras) else "LoRA"
+        if isinstance(self.source, LazyTensor) or self.rows:
+            return "replaced"
+        if self.vectors:
+            return "lora_bias"
+        return "copied" if self.is_copy else "cast"
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """A whole merge.
+
+    tensors: in output order within each file; files: file name to tensor names. config_changes: what config.json
+    gets, by path. side_files: (from, relative to). untied: tensors that the base stores once and the output apart.
+    """
+
+    base: ShardedCheckpoint
+    adapter: Adapter
+    tensors: Mapping[str, TensorPlan]
+    files: Mapping[str, tuple[str, ...]]
+    config_changes: Mapping[tuple[str, ...], object]
+    side_files: tuple[tuple[Path, Path], ...]
+    untied: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def edited(self) -> tuple[TensorPlan, ...]:
+        return tuple(tensor for tensor in self.tensors.values() if not tensor.is_copy)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def summary(self) -> dict[str, object]:
+        """The plan as plain values, for --json and for a person."""
+        return {
+            "base": str(self.base.folder),
+            "adapter": str(self.adapter.path),
+            "format": self.adapter.format,
+            "method": self.adapter.method,
+            "tensors": len(self.tensors),
+            "actions": dict(Counter(tensor.action for tensor in self.tensors.values())),
+            "bytes": self.nbytes,
+            "files": {name: len(tensors) for name, tensors in self.files.items()},
+            "dtypes": dict(Counter(DTYPE_NAMES[tensor.dtype] for tensor in self.tensors.values())),
+            "config_changes": {".".join(path): value for path, value in self.config_changes.items()},
+            "untied": list(self.untied),
+            "notes": list(self.notes),
+        }
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge did. unchanged: adapted tensors whose output equals the base's in every element."""
+
+    plan: MergePlan
+    seconds: float
+    changed_elements: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def unchanged(self) -> tuple[str, ...]:
+        return tuple(name for name, count in self.changed_elements.items() if count == 0)
