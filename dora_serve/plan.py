@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
@@ -156,8 +156,4 @@ class MergeReport:
 
     plan: MergePlan
     seconds: float
-    changed_elements: Mapping[str, int] = field(default_factory=dict)
-
-    @property
-    def unchanged(self) -> tuple[str, ...]:
-        return tuple(name for name, count in self.changed_elements.items() if count == 0)
+    unchanged: tuple[str, ...] = ()

@@ -74,7 +74,7 @@ def _describe(folder: Path) -> dict[str, Any]:
     state = dict(model.state_dict())
     transforms = get_model_conversion_mapping(model)
     converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
-    renamings = [transform for transform in transforms if not isinstance(transform, WeightConverter)]
+    renamings: Any = [transform for transform in transforms if not isinstance(transform, WeightConverter)]
     by_source = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     collected: dict[str, dict[str, list[str]]] = {}
     for key in open_checkpoint(folder).tensors:
@@ -114,4 +114,4 @@ def _natural(name: str) -> list[tuple[int, int | str]]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(_describe(Path(sys.argv[1]))))
+    sys.stdout.write(json.dumps(_describe(Path(sys.argv[1]))))

@@ -220,7 +220,7 @@ def _modules(grouped: _Grouped, config: PeftConfig) -> list[LoraWeights]:
     problems: list[str] = []
     modules = []
     for module, parts in grouped.parts.items():
-        if "token_rows" in parts and len(parts) == 1 or _is_expert(module, config, grouped):
+        if ("token_rows" in parts and len(parts) == 1) or _is_expert(module, config, grouped):
             continue
         kind: Kind = "embedding" if "embedding_A" in parts or "embedding_B" in parts else "linear"
         name_a, name_b = ("embedding_A", "embedding_B") if kind == "embedding" else ("A", "B")
@@ -326,7 +326,8 @@ def _block_diagonal(
         raise AdapterError(f"{module}: {list(stored.shape)} cannot be cut into nblocks = {blocks!r} blocks.")
 
     def assemble(tensor: Tensor) -> Tensor:
-        return torch.block_diag(*tensor.chunk(blocks, dim=0))
+        assembled: Tensor = torch.block_diag(*tensor.chunk(blocks, dim=0))
+        return assembled
 
     whole = stored.map((stored.shape[0], stored.shape[1] * blocks), assemble)
     return (whole, lora_b) if factor == "A" else (lora_a, whole)

@@ -1,0 +1,394 @@
+"""A plan, carried out: row blocks stream from the base through `ops` to the output.
+
+Peak memory: for each worker one block (BLOCK_ELEMENTS) in float64 and its temporaries, and the factors of the module
+at hand. No tensor and no shard is ever held whole. Unadapted tensors are copied by the kernel.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dora_serve.adapter import LazyTensor
+from dora_serve.errors import CheckpointError, UnmergeableError
+from dora_serve.ops import delta_weight, merge_weight, norm_scale, round_once
+from dora_serve.output import require_space
+from dora_serve.plan import LoraEdit, MergePlan, MergeReport, TensorPlan
+from dora_serve.progress import OnProgress, Progress, ignore_progress
+from dora_serve.safetensors_file import TensorEntry, encode_header, fill
+
+BLOCK_ELEMENTS = 1 << 17
+"""Elements of a row block on a CPU: 1 MB in float64, which stays in a core's own cache."""
+
+CUDA_BLOCK_ELEMENTS = 1 << 22
+COPY_BYTES = 1 << 26
+TASK_ELEMENTS = 1 << 22
+"""Rows of one tensor are shared out to workers in tasks of this size."""
+
+
+@dataclass(frozen=True)
+class _Target:
+    """An output file, open for positional writes."""
+
+    path: Path
+    descriptor: int
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One tensor and where it goes."""
+
+    plan: TensorPlan
+    target: _Target
+    offset: int
+    device: torch.device
+    changed: threading.Event
+    advance: Callable[[int], None]
+
+
+def merge(
+    plan: MergePlan,
+    folder: Path,
+    *,
+    metadata: Mapping[str, str] | None = None,
+    device: str = "cpu",
+    workers: int | None = None,
+    on_progress: OnProgress = ignore_progress,
+) -> MergeReport:
+    """Write the planned weights into `folder`, which exists; the caller makes it and puts it into place.
+
+    Every element is the float64 value of the formula on the stored tensors, rounded once to the output's dtype.
+    metadata: for the safetensors headers. workers: threads, one a core by default; torch's own threads are set to one
+    while they run, since the blocks are too small to be shared out twice.
+
+    Raises UnmergeableError for a row of zeros that a magnitude would have to scale, or a value that is not finite or
+    overflows the output's dtype; CheckpointError for a base that cannot be read; OSError for a disk that is full.
+    """
+    started = time.monotonic()
+    require_space(folder, plan.nbytes)
+    headers = {
+        name: encode_header({t: (plan.tensors[t].dtype, plan.tensors[t].shape) for t in tensors}, metadata or {})
+        for name, tensors in plan.files.items()
+    }
+    targets: dict[str, _Target] = {}
+    done = 0
+    lock = threading.Lock()
+
+    def advance(nbytes: int) -> None:
+        nonlocal done
+        with lock:
+            done += nbytes
+            on_progress(Progress("merging", done, plan.nbytes))
+
+    changed = {tensor.name: threading.Event() for tensor in plan.edited}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for name, header in headers.items():
+            path = folder / name
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+            targets[name] = _Target(path, descriptor)
+            _write(descriptor, memoryview(header), 0)
+            os.ftruncate(descriptor, len(header) + sum(plan.tensors[t].nbytes for t in plan.files[name]))
+        tasks = list(_tasks(plan, targets, headers, torch.device(device), changed, advance))
+        _run(tasks, workers or (1 if device != "cpu" else len(os.sched_getaffinity(0))))
+        for target in targets.values():
+            os.fsync(target.descriptor)
+    finally:
+        torch.set_num_threads(threads)
+        for target in targets.values():
+            os.close(target.descriptor)
+    unchanged = tuple(
+        tensor.name for tensor in plan.edited if tensor.action != "cast" and not changed[tensor.name].is_set()
+    )
+    return MergeReport(plan, time.monotonic() - started, unchanged)
+
+
+def _run(tasks: list[Callable[[], None]], workers: int) -> None:
+    """Run all tasks; the first exception stops the rest, and so does Ctrl-C."""
+    stop = threading.Event()
+
+    def guarded(task: Callable[[], None]) -> None:
+        if not stop.is_set():
+            task()
+
+    with ThreadPoolExecutor(workers, thread_name_prefix="merge") as pool:
+        futures = [pool.submit(guarded, task) for task in tasks]
+        try:
+            finished, _ = wait(futures, return_when=FIRST_EXCEPTION)
+        finally:
+            stop.set() if any(not future.done() for future in futures) else None
+        for future in finished:
+            future.result()
+
+
+def _tasks(
+    plan: MergePlan,
+    targets: Mapping[str, _Target],
+    headers: Mapping[str, bytes],
+    device: torch.device,
+    changed: Mapping[str, threading.Event],
+    advance: Callable[[int], None],
+) -> Iterator[Callable[[], None]]:
+    """Independent pieces of work, the large ones first so that no worker is left with one at the end."""
+    for file, names in plan.files.items():
+        offset = len(headers[file])
+        run: list[tuple[TensorEntry, int]] = []
+        for name in names:
+            tensor = plan.tensors[name]
+            if tensor.is_copy:
+                assert isinstance(tensor.source, TensorEntry)
+                run.append((tensor.source, offset))
+            else:
+                job = _Job(tensor, targets[file], offset, device, changed[name], advance)
+                yield from _tensor_tasks(job)
+            offset += tensor.nbytes
+        yield from _copy_tasks(run, targets[file], advance)
+
+
+def _copy_tasks(
+    run: list[tuple[TensorEntry, int]], target: _Target, advance: Callable[[int], None]
+) -> Iterator[Callable[[], None]]:
+    """Tensors that lie side by side in the base and in the output are copied as one piece."""
+    pieces: list[tuple[Path, int, int, int]] = []
+    for entry, offset in run:
+        if pieces:
+            path, start, stop, at = pieces[-1]
+            if path == entry.path and stop == entry.start and at + stop - start == offset:
+                pieces[-1] = (path, start, entry.stop, at)
+                continue
+        pieces.append((entry.path, entry.start, entry.stop, offset))
+    for path, start, stop, at in pieces:
+        for first in range(start, stop, COPY_BYTES):
+            last = min(first + COPY_BYTES, stop)
+            where = at + first - start
+            yield lambda path=path, first=first, last=last, where=where: _copy(  # type: ignore[misc]
+                path, first, last, target, where, advance
+            )
+
+
+def _copy(path: Path, start: int, stop: int, target: _Target, offset: int, advance: Callable[[int], None]) -> None:
+    """Copy bytes inside the kernel, or through a buffer where the two file systems do not let it."""
+    source = _open(path)
+    try:
+        position, to = start, offset
+        while position < stop:
+            try:
+                count = os.copy_file_range(source, target.descriptor, stop - position, position, to)
+            except OSError as error:
+                if error.errno not in (errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EBADF):
+                    raise _read_error(path, error) if error.errno == errno.EIO else error from error
+                buffer = bytearray(min(1 << 22, stop - position))
+                fill(source, memoryview(buffer), position, path)
+                _write(target.descriptor, memoryview(buffer), to)
+                count = len(buffer)
+            if count == 0:
+                raise CheckpointError(f"{str(path)!r} ended early, at byte {position}.", path=str(path))
+            position, to = position + count, to + count
+            advance(count)
+    finally:
+        os.close(source)
+
+
+def _open(path: Path) -> int:
+    try:
+        return os.open(path, os.O_RDONLY)
+    except OSError as error:
+        raise _read_error(path, error) from error
+
+
+def _read_error(path: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(
+        f"{str(path)!r} cannot be read: {error.strerror}.",
+        remedy="Check that it is there and that you may read it.",
+        path=str(path),
+    )
+
+
+def _write(descriptor: int, view: memoryview, offset: int) -> None:
+    done = 0
+    while done < len(view):
+        done += os.pwrite(descriptor, view[done:], offset + done)
+
+
+def _tensor_tasks(job: _Job) -> Iterator[Callable[[], None]]:
+    plan = job.plan
+    if len(plan.shape) < 2 or not plan.loras or any(edit.region.transposed for edit in plan.loras):
+        yield lambda: _merge_tensor(job)
+        return
+    width = plan.loras[0].region.width
+    rows = prod(plan.shape) // width
+    step = max(1, TASK_ELEMENTS // width)
+    for start in range(0, rows, step):
+        yield lambda start=start: _merge_rows(job, start, min(start + step, rows), width)  # type: ignore[misc]
+
+
+def _merge_tensor(job: _Job) -> None:
+    """A whole tensor by one worker: what is small, one-dimensional, or stored as (in, out)."""
+    plan = job.plan
+    width = plan.loras[0].region.width if plan.loras else (plan.shape[-1] if len(plan.shape) > 1 else prod(plan.shape))
+    rows = prod(plan.shape) // width if width else 0
+    _merge_rows(job, 0, rows, width)
+
+
+@dataclass(frozen=True)
+class _Update:
+    """An edit with its factors loaded: A (r, in) and B (out, r) in float64, the scale of each output where known."""
+
+    edit: LoraEdit
+    lora_a: Tensor
+    lora_b: Tensor
+    magnitude: Tensor | None
+    scale: Tensor | None
+
+
+def _merge_rows(job: _Job, first: int, last: int, width: int) -> None:
+    """Rows [first, last) of the tensor, seen as a matrix of `width` columns."""
+    plan = job.plan
+    with _Source(plan.source) as source:
+        updates = [
+            _load(job, edit, source) for edit in plan.loras if edit.region.start < last and edit.region.stop > first
+        ]
+        replaced = [(edit.indices, edit.rows.load()) for edit in plan.rows]
+        elements = BLOCK_ELEMENTS if job.device.type == "cpu" else CUDA_BLOCK_ELEMENTS
+        step = max(1, elements // max(1, width))
+        for start in range(first, last, step):
+            stop = min(start + step, last)
+            stored = source.rows(start, stop, width)
+            exact = stored.to(job.device, torch.float64)
+            for indices, rows in replaced:
+                for position, index in enumerate(indices):
+                    if start <= index < stop:
+                        exact[index - start] = rows[position].to(exact)
+            for update in updates:
+                _apply(update, exact, start, stop)
+            for vector in plan.vectors:
+                exact.view(-1)[vector.start : vector.start + vector.vector.shape[0]] += (
+                    vector.vector.load().to(exact) * vector.scaling
+                )
+            merged = round_once(exact, plan.dtype).cpu()
+            _require_finite(job, merged)
+            if not job.changed.is_set() and not (merged.dtype == stored.dtype and torch.equal(merged, stored)):
+                job.changed.set()
+            nbytes = merged.numel() * plan.dtype.itemsize
+            _write(job.target.descriptor, _bytes(merged), job.offset + start * width * plan.dtype.itemsize)
+            job.advance(nbytes)
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.contiguous().view(torch.uint8).numpy()).cast("B") if tensor.numel() else memoryview(b"")
+
+
+def _load(job: _Job, edit: LoraEdit, source: _Source) -> _Update:
+    lora_a = edit.lora_A.load().to(job.device, torch.float64)
+    lora_b = edit.lora_B.load().to(job.device, torch.float64)
+    magnitude = edit.magnitude.load().to(job.device, torch.float64) if edit.magnitude else None
+    update = _Update(edit, lora_a, lora_b, magnitude, None)
+    if magnitude is None or not edit.region.transposed:
+        return update
+    # Stored as (in, out), an output is a column, and its norm runs over all blocks: read once to sum, once to write.
+    region = edit.region
+    squares = torch.zeros(region.width, dtype=torch.float64, device=job.device)
+    step = max(1, BLOCK_ELEMENTS // region.width)
+    for start in range(region.start, region.stop, step):
+        stop = min(start + step, region.stop)
+        direction = _direction_transposed(update, source.rows(start, stop, region.width).to(lora_a), start, stop)
+        squares += direction.square_().sum(dim=0)
+    scale = _checked_scale(job, edit, magnitude, squares.sqrt_())
+    return _Update(edit, lora_a, lora_b, magnitude, scale)
+
+
+def _direction_transposed(update: _Update, weight: Tensor, start: int, stop: int) -> Tensor:
+    """`V` transposed, for stored rows [start, stop): weight (in block, out)."""
+    first = start - update.edit.region.start
+    lora_a = update.lora_a[:, first : first + stop - start]
+    return weight + delta_weight(lora_a, update.lora_b, update.edit.scaling).T
+
+
+def _apply(update: _Update, exact: Tensor, start: int, stop: int) -> None:
+    """Add an update in place to the block of rows [start, stop) of a stored tensor."""
+    region = update.edit.region
+    low, high = max(start, region.start), min(stop, region.stop)
+    if low >= high:
+        return
+    block = exact[low - start : high - start]
+    if region.transposed:
+        direction = _direction_transposed(update, block, low, high)
+        block.copy_(direction if update.scale is None else direction.mul_(update.scale))
+        return
+    lora_b = update.lora_b[low - region.start : high - region.start]
+    magnitude = None if update.magnitude is None else update.magnitude[low - region.start : high - region.start]
+    block.copy_(merge_weight(block, update.lora_a, lora_b, update.edit.scaling, magnitude))
+
+
+def _checked_scale(job: _Job, edit: LoraEdit, magnitude: Tensor, norms: Tensor) -> Tensor:
+    scale = norm_scale(magnitude, norms)
+    if not bool(torch.isfinite(scale).all()):
+        raise _zero_row(job.plan.name, edit.module)
+    return scale
+
+
+def _require_finite(job: _Job, merged: Tensor) -> None:
+    """NaN and infinity survive a sum, and no sum of finite 16- or 32-bit floats leaves float64."""
+    if not merged.dtype.is_floating_point or bool(torch.isfinite(merged.sum(dtype=torch.float64))):
+        return
+    wrong = int((~torch.isfinite(merged)).sum())
+    modules = ", ".join(edit.module for edit in job.plan.loras[:3])
+    if any(edit.magnitude is not None for edit in job.plan.loras):
+        raise _zero_row(job.plan.name, modules)
+    raise UnmergeableError(
+        f"{job.plan.name} would hold {wrong} values that are NaN or infinite (updated by {modules or 'the adapter'}).",
+        remedy="The base holds NaN or infinities there, or the result overflows the dtype: try --dtype bfloat16 or "
+        "float32.",
+        tensor=job.plan.name,
+    )
+
+
+def _zero_row(tensor: str, module: str) -> UnmergeableError:
+    return UnmergeableError(
+        f"{module}: a row of W + s B A in {tensor} is zero or not finite, or the result overflows the dtype, so its "
+        "magnitude has no direction to scale.",
+        remedy="The unmerged model gives NaN there as well: use another checkpoint of the adapter, or --dtype float32 "
+        "if the base is float16.",
+        tensor=tensor,
+    )
+
+
+class _Source:
+    """Rows of a stored tensor by range, or of one that the adapter brings."""
+
+    def __init__(self, source: TensorEntry | LazyTensor) -> None:
+        self._source = source
+        self._descriptor: int | None = None
+        self._whole: Tensor | None = None
+
+    def __enter__(self) -> _Source:
+        if isinstance(self._source, TensorEntry):
+            self._descriptor = _open(self._source.path)
+        else:
+            self._whole = self._source.load()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+
+    def rows(self, start: int, stop: int, width: int) -> Tensor:
+        """(stop - start, width), in the stored dtype."""
+        if self._whole is not None:
+            return self._whole.reshape(-1, width)[start:stop]
+        assert isinstance(self._source, TensorEntry) and self._descriptor is not None
+        size = self._source.dtype.itemsize
+        buffer = bytearray((stop - start) * width * size)
+        fill(self._descriptor, memoryview(buffer), self._source.start + start * width * size, self._source.path)
+        return torch.frombuffer(buffer, dtype=self._source.dtype).view(stop - start, width)

@@ -1,0 +1,158 @@
+"""All or nothing: an output folder appears complete and flushed, under its final name, or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from dora_serve.errors import OutputError
+
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+
+
+@contextlib.contextmanager
+def new_folder(target: Path, *, overwrite: bool = False, inputs: Sequence[Path] = ()) -> Iterator[Path]:
+    """A hidden sibling of `target` to write into; it becomes `target` when the block ends without an exception.
+
+    It is locked while it is written, so that the next run can tell what a killed one left and clear it away. On any
+    exception, Ctrl-C included, it is removed and `target` is as it was.
+
+    Raises OutputError: `target` exists and `overwrite` is false, it is or holds one of `inputs`, the parent cannot be
+    written, or the disk is full.
+    """
+    target = Path(os.path.abspath(target.expanduser()))
+    _require_apart(target, inputs, overwrite)
+    if os.path.lexists(target) and not overwrite:
+        raise OutputError(
+            f"The output {str(target)!r} exists.",
+            remedy="Say --overwrite to replace it, or give another place with -o.",
+            path=str(target),
+        )
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _clear_stale(target)
+        folder = Path(tempfile.mkdtemp(prefix=_prefix(target), dir=target.parent))
+        folder.chmod(0o755 & ~_umask())
+        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    except OSError as error:
+        raise _output_error(target, error) from error
+    try:
+        yield folder
+        _flush(folder)
+        _place(folder, target)
+    except OSError as error:
+        raise _output_error(target, error) from error
+    finally:
+        # Whatever is left under the hidden name is a failed run's, or what --overwrite took the place of.
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+
+
+def require_space(folder: Path, nbytes: int) -> None:
+    """Raise OutputError where the disk of `folder` has less than `nbytes` left."""
+    free = shutil.disk_usage(folder).free
+    if free < nbytes:
+        raise OutputError(
+            f"The disk of {str(folder.parent)!r} has {free:,} bytes left, and the output takes {nbytes:,}.",
+            remedy="Free some space, or give a place on another disk with -o.",
+            free=free,
+            needed=nbytes,
+        )
+
+
+def _prefix(target: Path) -> str:
+    return f".{target.name}.partial-"
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _require_apart(target: Path, inputs: Sequence[Path], overwrite: bool) -> None:
+    real = Path(os.path.realpath(target))
+    for path in inputs:
+        source = Path(os.path.realpath(path))
+        if real == source or real in source.parents or source in real.parents:
+            raise OutputError(
+                f"The output {str(target)!r} and the input {str(path)!r} are one folder, or one holds the other.",
+                remedy="Give another place with -o: inputs are never written to.",
+                path=str(target),
+            )
+    here = Path.cwd()
+    if overwrite and target.exists() and (real == here or real in here.parents or real == Path.home()):
+        raise OutputError(
+            f"The output {str(target)!r} is, or holds, the folder that you are in or your home; it is not replaced.",
+            remedy="Give another place with -o.",
+            path=str(target),
+        )
+
+
+def _clear_stale(target: Path) -> None:
+    """Remove what killed runs left beside `target`: folders of its hidden name that nobody holds the lock of."""
+    for path in target.parent.glob(f"{_prefix(target)}*"):
+        with contextlib.suppress(OSError):
+            descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path, ignore_errors=True)
+            finally:
+                os.close(descriptor)
+
+
+def _flush(folder: Path) -> None:
+    for path in (*folder.rglob("*"), folder):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _place(folder: Path, target: Path) -> None:
+    """Rename `folder` to `target`; one that exists is exchanged for it in one step where the system can."""
+    if not os.path.lexists(target):
+        folder.rename(target)
+    elif not _exchange(folder, target):
+        aside = folder.with_name(f"{folder.name}-replaced")
+        target.rename(aside)
+        folder.rename(target)
+        aside.rename(folder)
+    descriptor = os.open(target.parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """renameat2(RENAME_EXCHANGE), which Python does not offer; False where this system does not either."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:
+        return False
+    done = renameat2(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE)
+    return bool(done == 0)
+
+
+def _output_error(target: Path, error: OSError) -> OutputError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return OutputError(
+            f"The disk is full: {str(target)!r} was not written, and nothing is left of it.",
+            remedy="Free some space, or give a place on another disk with -o.",
+            path=str(target),
+        )
+    return OutputError(
+        f"{str(target)!r} cannot be written: {error.strerror or error}.",
+        remedy="Give a place that you may write to with -o.",
+        path=str(target),
+    )

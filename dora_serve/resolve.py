@@ -1,0 +1,578 @@
+"""From an adapter and a base to a plan: which stored tensor each trained tensor changes, and everything that is wrong.
+
+All problems are found before the first byte is written, and all of them are reported at once.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dora_serve.adapter import Adapter, ExpertLora, LazyTensor, LoraWeights, Replacement, TokenRows
+from dora_serve.checkpoint import ShardedCheckpoint, side_files
+from dora_serve.errors import CheckpointError, PlanError, Problem
+from dora_serve.names import ParameterNames, Place
+from dora_serve.plan import LoraEdit, MergePlan, Region, RowEdit, TensorPlan, VectorEdit
+from dora_serve.safetensors_file import TensorEntry
+
+MERGEABLE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+_CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
+_CONV1D_LEAVES = ("c_attn", "q_attn", "c_proj", "c_fc")
+"""transformers' Conv1D stores (in, out); a square one can be told from a Linear only by what it is."""
+
+_IS_TRANSPOSED_EXPERTS = ("gpt_oss", "llama4", "llama4_text")
+"""Families whose fused experts are (experts, in, out): PEFT's `is_transposed`."""
+
+_TOKENIZER_FILES = re.compile(
+    r"^(tokenizer.*|vocab.*|merges\.txt|special_tokens_map\.json|added_tokens\.json|chat_template.*|spiece\.model|.*\.tiktoken)$"
+)
+
+
+@dataclass
+class _Draft:
+    """A plan in the making: edits by stored (or added) tensor, and what is wrong."""
+
+    base: ShardedCheckpoint
+    names: ParameterNames
+    loras: dict[str, list[LoraEdit]] = field(default_factory=lambda: defaultdict(list))
+    rows: dict[str, list[RowEdit]] = field(default_factory=lambda: defaultdict(list))
+    vectors: dict[str, list[VectorEdit]] = field(default_factory=lambda: defaultdict(list))
+    sources: dict[str, LazyTensor] = field(default_factory=dict)
+    added: dict[str, TensorEntry | LazyTensor] = field(default_factory=dict)
+    untied: list[str] = field(default_factory=list)
+    config_changes: dict[tuple[str, ...], object] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def problem(self, subject: str, got: str, wanted: str, hint: str | None = None) -> None:
+        self.problems.append(Problem(subject, got, wanted, hint))
+
+    def not_found(self, subject: str, parameter: str) -> None:
+        nearest = self.names.nearest(parameter)
+        hint = f"the nearest names there are {', '.join(nearest)}" if nearest else None
+        self.problem(subject, f"no tensor {parameter!r} in the base", "a tensor that this module's weight is", hint)
+
+
+def plan_merge(base: ShardedCheckpoint, adapter: Adapter, *, dtype: torch.dtype | None = None) -> MergePlan:
+    """Plan the merge of `adapter` into `base`; every floating tensor is written in `dtype`, or in its own.
+
+    Raises PlanError with every problem at once, CheckpointError for a base that cannot be merged into at all.
+    """
+    _require_dense(base)
+    draft = _Draft(base, ParameterNames.of(base))
+    _untie(draft, adapter)
+    for replacement in adapter.replacements:
+        _replace(draft, adapter, replacement)
+    for rows in adapter.token_rows:
+        _replace_rows(draft, rows)
+    for module in adapter.modules:
+        _add_lora(draft, module)
+    for module_name, experts in _by_module(adapter.experts).items():
+        _add_experts(draft, module_name, experts)
+    _require_disjoint(draft)
+    if draft.problems:
+        base_said = f" It says it was trained on {adapter.base!r}." if adapter.base else ""
+        raise PlanError(
+            f"The adapter {str(adapter.path)!r} does not fit the base {str(base.folder)!r}: {len(draft.problems)} "
+            f"{'problem' if len(draft.problems) == 1 else 'problems'}.{base_said}",
+            draft.problems,
+            remedy="Give the base that the adapter was trained on with --base; "
+            "`dora-export inspect ADAPTER --base BASE` shows both sides.",
+        )
+    return _finish(draft, adapter, dtype)
+
+
+def _require_dense(base: ShardedCheckpoint) -> None:
+    quantization = base.config.get("quantization_config")
+    if quantization:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        raise CheckpointError(
+            f"The base {str(base.folder)!r} is quantized ({method}): its stored tensors are codes, and a merge needs "
+            "the weights that they stand for.",
+            remedy="Merge into the unquantized base that it was made from, and quantize the result.",
+            path=str(base.folder),
+        )
+
+
+def _add_lora(draft: _Draft, module: LoraWeights) -> None:
+    parameter = f"{module.module}.weight"
+    own = _own_name(draft, parameter)
+    places = (Place(own),) if own else draft.names.find(parameter)
+    if not places and module.kind == "linear":
+        # PEFT puts LoRA on the packed q, k, v of nn.MultiheadAttention under the module's own name.
+        places = draft.names.find(f"{module.module}.in_proj_weight")
+    if not places:
+        draft.not_found(module.module, parameter)
+        return
+    out, width = module.lora_B.shape[0], module.lora_A.shape[1]
+    for place, stop in zip(places, _stops(draft, places, out), strict=True):
+        shape = _shape(draft, place.tensor)
+        region = _region(draft, module, shape, place, whole=len(places) == 1)
+        if region is None:
+            return
+        if region.out_in != (stop - place.start, width):
+            _mismatch(draft, module, shape)
+            return
+        if not _mergeable(draft, module.module, place.tensor):
+            return
+        draft.loras[place.tensor].append(
+            LoraEdit(
+                module=module.module,
+                region=region,
+                lora_A=module.lora_A,
+                lora_B=_rows(module.lora_B, place.start, stop),
+                scaling=module.scaling,
+                magnitude=_rows(module.magnitude, place.start, stop) if module.magnitude else None,
+            )
+        )
+    if module.lora_bias is not None:
+        _add_bias(draft, module)
+
+
+def _stops(draft: _Draft, places: tuple[Place, ...], out: int) -> list[int]:
+    return [*(place.start for place in places[1:]), out]
+
+
+def _rows(tensor: LazyTensor, start: int, stop: int) -> LazyTensor:
+    if (start, stop) == (0, tensor.shape[0]):
+        return tensor
+    return tensor.map((stop - start, *tensor.shape[1:]), lambda whole: whole[start:stop])
+
+
+def _region(draft: _Draft, module: LoraWeights, shape: tuple[int, ...], place: Place, *, whole: bool) -> Region | None:
+    """The part of a stored tensor that a module's weight is, its orientation told by shapes and by the family."""
+    out, width = module.lora_B.shape[0], module.lora_A.shape[1]
+    if len(shape) < 2:
+        draft.problem(module.module, f"a base tensor of shape {list(shape)}", "a weight of at least two dimensions")
+        return None
+    columns = prod(shape[1:]) if module.kind == "conv" else shape[-1]
+    part = shape[0] // place.tensor_parts
+    start, stop = part * place.tensor_part, part * (place.tensor_part + 1)
+    straight = Region(start, stop, columns, transposed=False)
+    if module.kind == "embedding":
+        return Region(start, stop, columns, transposed=True)
+    if module.kind == "conv" or len(shape) != 2 or not whole:
+        return straight
+    flipped = replace(straight, transposed=True)
+    leaf = module.module.rpartition(".")[2]
+    family = draft.base.config.get("model_type")
+    is_conv1d = leaf in _CONV1D_LEAVES and family in _CONV1D_MODELS
+    if flipped.out_in == (out, width) and (is_conv1d or (straight.out_in != (out, width) and family is None)):
+        return flipped
+    return straight
+
+
+def _mismatch(draft: _Draft, module: LoraWeights, shape: tuple[int, ...]) -> None:
+    lora = f"lora_A {list(module.lora_A.shape)} and lora_B {list(module.lora_B.shape)}"
+    hint = "this is a base of another size" if len(shape) == 2 else None
+    draft.problem(module.module, f"{lora} for a base weight of {list(shape)}", _wanted_shapes(module, shape), hint)
+
+
+def _wanted_shapes(module: LoraWeights, shape: tuple[int, ...]) -> str:
+    rank = module.rank
+    if module.kind == "embedding":
+        return f"lora_embedding_A [{rank}, {shape[0]}] and lora_embedding_B [{shape[-1]}, {rank}]"
+    width = prod(shape[1:])
+    return f"lora_A [{rank}, {width}] and lora_B [{shape[0]}, {rank}]"
+
+
+def _shape(draft: _Draft, tensor: str) -> tuple[int, ...]:
+    if tensor in draft.sources:
+        return draft.sources[tensor].shape
+    if tensor in draft.added:
+        return draft.added[tensor].shape
+    return draft.base.tensors[tensor].shape
+
+
+def _mergeable(draft: _Draft, subject: str, tensor: str) -> bool:
+    source = draft.sources.get(tensor) or draft.added.get(tensor) or draft.base.tensors[tensor]
+    if source.dtype in MERGEABLE_DTYPES:
+        return True
+    draft.problem(
+        subject,
+        f"a base tensor of dtype {str(source.dtype).removeprefix('torch.')}",
+        "float64, float32, bfloat16 or float16",
+        "the base is quantized: merge into the one that it was made from",
+    )
+    return False
+
+
+def _add_bias(draft: _Draft, module: LoraWeights) -> None:
+    assert module.lora_bias is not None
+    parameter = f"{module.module}.bias"
+    places = draft.names.find(parameter)
+    if not places:
+        draft.problem(
+            module.module,
+            "lora_B.bias and a base layer without a bias",
+            "a base layer with one",
+            "the merged layer would need a bias that its architecture does not have",
+        )
+        return
+    out = module.lora_bias.shape[0]
+    for place, stop in zip(places, _stops(draft, places, out), strict=True):
+        size = prod(_shape(draft, place.tensor)) // place.tensor_parts
+        if size != stop - place.start:
+            draft.problem(f"{module.module}.bias", f"{size} elements in the base", f"{stop - place.start}")
+            return
+        vector = _rows(module.lora_bias, place.start, stop)
+        draft.vectors[place.tensor].append(VectorEdit(module.module, size * place.tensor_part, module.scaling, vector))
+
+
+def _by_module(experts: Iterable[ExpertLora]) -> dict[str, list[ExpertLora]]:
+    grouped: dict[str, list[ExpertLora]] = defaultdict(list)
+    for expert in experts:
+        grouped[expert.module].append(expert)
+    return {module: sorted(group, key=lambda expert: -expert.depth) for module, group in grouped.items()}
+
+
+@dataclass(frozen=True)
+class _Stack:
+    """A fused parameter as the base stores it: (experts, dim 1, dim 2), in one tensor or in several an expert."""
+
+    parameter: str
+    shape: tuple[int, int, int]
+    tensors: tuple[tuple[str, ...], ...]
+    fused: bool
+
+
+def _add_experts(draft: _Draft, module: str, wrappers: list[ExpertLora]) -> None:
+    """LoRA on parameters. `wrappers` is innermost first, which is the order of the module's parameters."""
+    stacks = [stack for name in wrappers[0].parameters if (stack := _find_stack(draft, module, name))]
+    if not stacks:
+        draft.not_found(module, f"{module}.{wrappers[0].parameters[0]}")
+        return
+    for wrapper in wrappers:
+        fitting = [(stack, swapped) for stack in stacks for swapped in _orientations(draft, wrapper, stack)]
+        names = {stack.parameter for stack, _ in fitting}
+        if len(names) > 1:
+            # Two parameters of one shape: the order of registration tells, and gate_up comes before down everywhere.
+            order = sorted(names, key=lambda name: (name != "gate_up_proj", name))
+            fitting = [pair for pair in fitting if pair[0].parameter == order[len(wrappers) - 1 - wrapper.depth]]
+        if not fitting:
+            shapes = ", ".join(f"{stack.parameter} {list(stack.shape)}" for stack in stacks)
+            draft.problem(
+                module,
+                f"lora_A {list(wrapper.lora_A.shape)} and lora_B {list(wrapper.lora_B.shape)} of rank {wrapper.rank}",
+                f"factors that fit one of the base's {shapes}",
+            )
+            continue
+        if len(fitting) > 1:
+            draft.problem(
+                module,
+                f"a square parameter {list(fitting[0][0].shape)} and peft_version that does not tell its orientation",
+                "an adapter saved by PEFT 0.18 or before, or 0.19.1 or later",
+            )
+            continue
+        _place_experts(draft, wrapper, *fitting[0])
+
+
+def _find_stack(draft: _Draft, module: str, parameter: str) -> _Stack | None:
+    whole = draft.names.find(f"{module}.{parameter}")
+    if len(whole) == 1:
+        shape = _shape(draft, whole[0].tensor)
+        if len(shape) == 2:
+            shape = (1, *shape)
+        if len(shape) != 3:
+            return None
+        return _Stack(parameter, (shape[0], shape[1], shape[2]), ((whole[0].tensor,),), fused=True)
+    tensors = draft.names.experts(module, parameter)
+    if not tensors:
+        return None
+    shapes = [draft.base.tensors[name].shape for name in tensors[0]]
+    return _Stack(parameter, (len(tensors), sum(shape[0] for shape in shapes), shapes[0][1]), tensors, fused=False)
+
+
+def _orientations(draft: _Draft, wrapper: ExpertLora, stack: _Stack) -> list[bool]:
+    """Whether A's input is dim 1 (True) or dim 2 (False) of the parameter; both fit a square one."""
+    experts, first, second = stack.shape
+    factors = (wrapper.lora_A.shape[1], wrapper.lora_B.shape[0])
+    if wrapper.lora_A.shape[0] != experts * wrapper.rank:
+        return []
+    found = [in_first for in_first, shape in ((False, (second, first)), (True, (first, second))) if shape == factors]
+    if len(found) < 2 or experts == 1:
+        return found[:1]
+    if wrapper.in_is_dim_1 is not None:
+        return [wrapper.in_is_dim_1]
+    return [draft.base.config.get("model_type") in _IS_TRANSPOSED_EXPERTS]
+
+
+def _place_experts(draft: _Draft, wrapper: ExpertLora, stack: _Stack, in_is_dim_1: bool) -> None:
+    experts, first, second = stack.shape
+    rank = wrapper.rank
+    for expert in range(experts):
+        lora_a, lora_b = _expert_factors(wrapper, expert, experts)
+        label = f"{wrapper.module}.{stack.parameter}[{expert}]"
+        start = 0
+        for tensor in stack.tensors[0 if stack.fused else expert]:
+            if not _mergeable(draft, label, tensor):
+                return
+            rows = first if stack.fused else draft.base.tensors[tensor].shape[0]
+            offset = expert * first if stack.fused else 0
+            region = Region(offset, offset + rows, second, transposed=in_is_dim_1)
+            part_a, part_b = lora_a, lora_b
+            if not stack.fused and in_is_dim_1:
+                part_a = _columns(lora_a, start, start + rows)
+            elif not stack.fused:
+                part_b = _rows(lora_b, start, start + rows)
+            assert part_a.shape[0] == rank
+            draft.loras[tensor].append(LoraEdit(label, region, part_a, part_b, wrapper.scaling, None))
+            start += rows
+
+
+def _columns(tensor: LazyTensor, start: int, stop: int) -> LazyTensor:
+    return tensor.map((tensor.shape[0], stop - start), lambda whole: whole[:, start:stop])
+
+
+def _expert_factors(wrapper: ExpertLora, expert: int, experts: int) -> tuple[LazyTensor, LazyTensor]:
+    """A (r, in) and B (out, r) of one expert: peft ParamWrapper.get_delta_weight packs A expert-slowest, B fastest."""
+    rank, out, width = wrapper.rank, wrapper.lora_B.shape[0], wrapper.lora_A.shape[1]
+
+    def view_a(packed: Tensor) -> Tensor:
+        return packed[expert * rank : (expert + 1) * rank]
+
+    def view_b(packed: Tensor) -> Tensor:
+        if wrapper.expert_slowest:
+            return packed[:, expert * rank : (expert + 1) * rank]
+        return packed.reshape(out, rank, experts)[:, :, expert]
+
+    return wrapper.lora_A.map((rank, width), view_a), wrapper.lora_B.map((out, rank), view_b)
+
+
+def _untie(draft: _Draft, adapter: Adapter) -> None:
+    """Give every parameter of a tied group a tensor of its own where the adapter changes only some of them."""
+    tying = bool(adapter.config.get("ensure_weight_tying"))
+    changed = {f"{module.module}.weight" for module in adapter.modules}
+    changed |= {change.name for change in adapter.replacements if change.role == "modules_to_save"}
+    groups = {group for name in sorted(changed) if (group := draft.names.shared_with(name))}
+    for group in groups:
+        stored = [places[0].tensor for name in group if (places := draft.names.find(name)) and len(places) == 1]
+        touched = [name for name in group if name in changed]
+        if not stored or len(touched) == len(group):
+            continue
+        if tying and all(change.name in group for change in adapter.replacements if change.name in touched):
+            replaced = {change.name for change in adapter.replacements}
+            if replaced & set(touched):
+                continue  # PEFT keeps the tie: the one stored tensor is replaced for all of the group
+        for name in group:
+            if not draft.names.find(name) or (name not in draft.base.tensors and name != stored[0]):
+                draft.added[name] = draft.base.tensors[stored[0]]
+        draft.untied.extend(name for name in group if name in draft.added)
+        for path in _tie_paths(draft.base.config):
+            draft.config_changes[path] = False
+        if draft.base.config.get("model_type") in ("t5", "mt5", "umt5", "longt5", "switch_transformers"):
+            draft.config_changes[("scale_decoder_outputs",)] = True
+
+
+def _tie_paths(config: Mapping[str, object]) -> list[tuple[str, ...]]:
+    text_config = config.get("text_config")
+    nested = isinstance(text_config, dict) and "tie_word_embeddings" in text_config
+    return [("tie_word_embeddings",), *([("text_config", "tie_word_embeddings")] if nested else [])]
+
+
+def _own_name(draft: _Draft, parameter: str) -> str | None:
+    """The added tensor of an untied parameter, or None where the base's own names apply."""
+    return parameter if parameter in draft.added else None
+
+
+def _replace(draft: _Draft, adapter: Adapter, change: Replacement) -> None:
+    own = _own_name(draft, change.name)
+    places = (Place(own),) if own else draft.names.find(change.name)
+    if not places:
+        group = draft.names.shared_with(change.name)
+        stored = [places for name in group if (places := draft.names.find(name))]
+        if stored and change.role == "base_layer":
+            places = stored[0]  # both names of a tied tensor were saved, with one value
+        elif stored and adapter.config.get("ensure_weight_tying"):
+            places = stored[0]
+    if not places:
+        if change.role == "modules_to_save":
+            draft.added[change.name] = change.tensor
+            _describe_head(draft, adapter, change)
+            return
+        draft.not_found(change.name, change.name)
+        return
+    if len(places) > 1 or places[0].tensor_parts > 1:
+        draft.problem(change.name, "a trained tensor for a part of a fused base tensor", "one stored tensor")
+        return
+    tensor = places[0].tensor
+    shape, new = _shape(draft, tensor), change.tensor.shape
+    resized = len(shape) == 2 and shape[1:] == new[1:] and _is_vocabulary(draft.base.config, shape[0])
+    if shape != new and not resized:
+        draft.problem(change.name, f"a trained tensor of {list(new)}", f"the base's {list(shape)}")
+        return
+    if shape != new:
+        for path in _vocabulary_paths(draft.base.config):
+            draft.config_changes[path] = new[0]
+        _follow_vocabulary(draft, tensor, new[0])
+    if tensor in draft.added:
+        draft.added[tensor] = change.tensor
+    else:
+        draft.sources[tensor] = change.tensor
+
+
+def _is_vocabulary(config: Mapping[str, object], size: int) -> bool:
+    return any(_get(config, path) == size for path in _vocabulary_paths(config))
+
+
+def _vocabulary_paths(config: Mapping[str, object]) -> list[tuple[str, ...]]:
+    paths: list[tuple[str, ...]] = [("vocab_size",), ("text_config", "vocab_size")]
+    return [path for path in paths if _get(config, path) is not None]
+
+
+def _get(config: Mapping[str, object], path: tuple[str, ...]) -> object:
+    value: object = config
+    for key in path:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
+
+
+def _follow_vocabulary(draft: _Draft, tensor: str, size: int) -> None:
+    draft.notes.append(
+        f"{tensor} has {size} rows in the adapter and {draft.base.tensors[tensor].shape[0]} in the base."
+    )
+
+
+def _describe_head(draft: _Draft, adapter: Adapter, change: Replacement) -> None:
+    """A trained head that the base does not have: the output needs the architecture that has one."""
+    suffix = {
+        "SEQ_CLS": "ForSequenceClassification",
+        "TOKEN_CLS": "ForTokenClassification",
+        "QUESTION_ANS": "ForQuestionAnswering",
+    }.get(adapter.task_type or "")
+    draft.notes.append(f"{change.name} {list(change.tensor.shape)} is new: the base has no such tensor.")
+    architectures = draft.base.config.get("architectures")
+    if suffix is None or not isinstance(architectures, list) or not architectures:
+        return
+    family = re.sub(r"(For[A-Z]\w*|LMHeadModel|Model)$", "", str(architectures[0]))
+    if not str(architectures[0]).endswith(suffix):
+        draft.config_changes[("architectures",)] = [family + suffix]
+    leaf = change.name.rsplit(".", 2)
+    is_output = leaf[-1] == "weight" and leaf[-2] in ("score", "classifier", "out_proj", "qa_outputs")
+    labels = draft.base.config.get("id2label")
+    count = change.tensor.shape[0]
+    if is_output and suffix != "ForQuestionAnswering" and (not isinstance(labels, dict) or len(labels) != count):
+        draft.config_changes[("id2label",)] = {str(index): f"LABEL_{index}" for index in range(count)}
+        draft.config_changes[("label2id",)] = {f"LABEL_{index}": index for index in range(count)}
+
+
+def _replace_rows(draft: _Draft, change: TokenRows) -> None:
+    parameter = f"{change.module}.weight"
+    places = draft.names.find(parameter)
+    if not places:
+        group = draft.names.shared_with(parameter)
+        places = next((found for name in group if (found := draft.names.find(name))), ())
+    if len(places) != 1:
+        draft.not_found(change.module, parameter)
+        return
+    tensor = places[0].tensor
+    shape = _shape(draft, tensor)
+    if len(shape) != 2 or shape[1] != change.rows.shape[1] or max(change.indices, default=0) >= shape[0]:
+        draft.problem(
+            change.module,
+            f"{len(change.indices)} trained rows of width {change.rows.shape[1]} up to row "
+            f"{max(change.indices, default=0)}",
+            f"rows within the base's {list(shape)}",
+        )
+        return
+    for name in (tensor, *(untied for untied in draft.untied if untied in draft.names.shared_with(parameter))):
+        draft.rows[name].append(RowEdit(change.module, change.indices, change.rows))
+
+
+def _require_disjoint(draft: _Draft) -> None:
+    for tensor, edits in draft.loras.items():
+        ordered = sorted(edits, key=lambda edit: edit.region.start)
+        for first, second in zip(ordered, ordered[1:], strict=False):
+            if second.region.start < first.region.stop:
+                draft.problem(
+                    tensor, f"two updates of the same rows, by {first.module} and {second.module}", "one update"
+                )
+
+
+def _finish(draft: _Draft, adapter: Adapter, dtype: torch.dtype | None) -> MergePlan:
+    base = draft.base
+    files: dict[str, list[str]] = {name: list(file.tensors) for name, file in base.files.items()}
+    last = next(reversed(files))
+    for name, source in draft.added.items():
+        home = base.file_of(source.name) if isinstance(source, TensorEntry) else last
+        files[home].append(name)
+    tensors: dict[str, TensorPlan] = {}
+    for file, names in files.items():
+        for name in names:
+            tensors[name] = _tensor_plan(draft, name, file, dtype)
+    if dtype is not None:
+        label = str(dtype).removeprefix("torch.")
+        draft.config_changes[("torch_dtype" if "torch_dtype" in base.config else "dtype",)] = label
+    notes = list(adapter.notes)
+    if draft.untied:
+        notes.append(
+            f"The embeddings were tied and the adapter changes only one side: {', '.join(draft.untied)} "
+            f"{'is' if len(draft.untied) == 1 else 'are'} written apart, and config.json says so."
+        )
+    return MergePlan(
+        base=base,
+        adapter=adapter,
+        tensors=tensors,
+        files={file: tuple(names) for file, names in files.items()},
+        config_changes=draft.config_changes,
+        side_files=_side_files(draft, adapter),
+        untied=tuple(draft.untied),
+        notes=(*notes, *draft.notes),
+    )
+
+
+def _tensor_plan(draft: _Draft, name: str, file: str, dtype: torch.dtype | None) -> TensorPlan:
+    stored = draft.base.tensors.get(name)
+    added = draft.added.get(name)
+    source: TensorEntry | LazyTensor | None = draft.sources.get(name) or added or stored
+    assert source is not None
+    if stored is not None:
+        own = stored.dtype
+    else:
+        own = source.dtype if isinstance(source, TensorEntry) else _floating_dtype(draft.base, source.dtype)
+    floating = own.is_floating_point and own in MERGEABLE_DTYPES
+    return TensorPlan(
+        name=name,
+        file=file,
+        dtype=dtype if dtype is not None and floating else own,
+        shape=source.shape,
+        source=source,
+        loras=tuple(sorted(draft.loras.get(name, ()), key=lambda edit: edit.region.start)),
+        rows=tuple(draft.rows.get(name, ())),
+        vectors=tuple(draft.vectors.get(name, ())),
+    )
+
+
+def _floating_dtype(base: ShardedCheckpoint, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of most of the base's elements, for a floating tensor that the base does not have."""
+    if not dtype.is_floating_point:
+        return dtype
+    sizes: dict[torch.dtype, int] = defaultdict(int)
+    for entry in base.tensors.values():
+        if entry.dtype in MERGEABLE_DTYPES:
+            sizes[entry.dtype] += entry.nbytes
+    return max(sizes, key=lambda key: sizes[key]) if sizes else dtype
+
+
+def _side_files(draft: _Draft, adapter: Adapter) -> tuple[tuple[Path, Path], ...]:
+    """The base's side files; its tokenizer gives way to the adapter's where the vocabulary was changed."""
+    chosen = {relative: draft.base.folder / relative for relative in side_files(draft.base.folder)}
+    resized = any(path[-1] == "vocab_size" for path in draft.config_changes)
+    own = [path for path in sorted(adapter.path.iterdir()) if path.is_file() and _TOKENIZER_FILES.match(path.name)]
+    if (resized or adapter.token_rows) and own:
+        chosen = {relative: path for relative, path in chosen.items() if not _TOKENIZER_FILES.match(str(relative))}
+        chosen |= {Path(path.name): path for path in own}
+        draft.notes.append("The tokenizer is the adapter's: the vocabulary was changed with it.")
+    elif resized:
+        draft.notes.append(
+            "The vocabulary was resized, and the adapter folder brings no tokenizer: the base's is kept."
+        )
+    return tuple((path, relative) for relative, path in chosen.items())
