@@ -88,6 +88,8 @@ def make_demo_base(folder: Path, *, on_progress: Callable[[str], None] | None = 
         _flush(partial)
         os.replace(partial, folder)
     except OSError as error:
+        if folder.is_dir() and _is_demo_base(folder):  # another process was first
+            return folder
         raise OutputError(
             f"{str(folder)!r} could not be written: {error.strerror or error}.",
             remedy="Give a folder on a writable disk with 300 MB free.",

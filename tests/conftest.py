@@ -1,0 +1,17 @@
+"""Fixtures shared by the tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dora_serve.demo_base import make_demo_base
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct as a Hugging Face folder, made once for this checkout and kept in .cache. Read only."""
+    return make_demo_base(ROOT / ".cache" / "smollm2-135m")
