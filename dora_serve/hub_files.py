@@ -1,0 +1,120 @@
+"""Which of a Hub repository's files a merge needs. Pure functions of their names; nothing is fetched here.
+
+A repository may hold the same weights many times over: as pickles, for other frameworks, in other precisions, as the
+vendor's own file beside the shards. One of them is wanted, the one that transformers would load, and no pickle ever.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal, TypeAlias
+
+from dora_serve.errors import CheckpointError, HubError
+
+What: TypeAlias = Literal["base", "adapter"]
+
+INDEX_SUFFIX = ".safetensors.index.json"
+# In the order in which transformers and diffusers look for them.
+_STEMS = ("model", "diffusion_pytorch_model", "pytorch_model")
+_ADAPTER_WEIGHTS = "adapter_model.safetensors"
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+
+_LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "*.md")
+_TOKENIZER = (
+    *("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*"),
+    *("*.model", "*.tiktoken"),
+)
+_SIDE_FILES: Mapping[What, tuple[str, ...]] = {
+    "base": ("*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "*.py", *_LICENCES),
+    "adapter": ("adapter_config.json", *_TOKENIZER, *_LICENCES),
+}
+# The one folder below a model that belongs to it; what else lies deeper is another model's.
+_TEMPLATES = "additional_chat_templates/"
+
+
+def require_plain_names(names: Iterable[str], repo_id: str) -> None:
+    """Raises HubError where a name would lead out of the folder it is put in, here or on Windows."""
+    for name in names:
+        climbs = ".." in re.split(r"[/\\]", name)
+        if climbs or name.startswith(("/", "\\")) or re.match("[A-Za-z]:", name) or "\0" in name:
+            raise HubError(
+                f"The Hub's {repo_id!r} holds a file named {name!r}, which would lie outside its folder.",
+                remedy="Do not use this repository; report it to the Hub.",
+                repo_id=repo_id,
+                name=name,
+            )
+
+
+def choose_weights(names: Sequence[str], what: What, repo_id: str) -> str:
+    """The file that holds the weights, or the index that names those that do.
+
+    names: relative to the folder of the model, which need not be the repository's top. Raises HubError where there is
+    none, or more than one and no telling which.
+    """
+    top = sorted(name for name in names if "/" not in name)
+    if what == "adapter":
+        candidates = [name for name in top if name == _ADAPTER_WEIGHTS]
+        wanted = _ADAPTER_WEIGHTS
+    else:
+        preferred = [name for stem in _STEMS for name in (f"{stem}.safetensors", f"{stem}{INDEX_SUFFIX}")]
+        candidates = [name for name in preferred if name in top][:1]
+        candidates = candidates or [name for name in top if name.endswith(INDEX_SUFFIX)]
+        candidates = candidates or [name for name in top if name.endswith(".safetensors") and name != _ADAPTER_WEIGHTS]
+        wanted = "model.safetensors or model.safetensors.index.json"
+    if len(candidates) == 1:
+        return candidates[0]
+    got = ", ".join(top[:12]) + (", ..." if len(top) > 12 else "")
+    pickles = [name for name in top if name.endswith(_PICKLES)]
+    if what == "base" and _ADAPTER_WEIGHTS in top:
+        remedy = "This is an adapter, not a base model: give the model that it was trained on."
+    elif pickles and not candidates:
+        got = f"pickles only ({', '.join(pickles[:4])})"
+        remedy = (
+            "A pickle can run code as it is loaded, so none is fetched. Load it with a library that you trust it to, "
+            "save it as safetensors (save_pretrained does), and give that folder."
+        )
+    else:
+        remedy = "Check the name. A folder within a repository is written user/name@revision:folder."
+    raise HubError(
+        f"The Hub's {repo_id!r} holds no {what} that can be read: got {got or 'nothing'}, wanted {wanted}.",
+        remedy=remedy,
+        repo_id=repo_id,
+        names=top,
+    )
+
+
+def choose_shards(index: str, names: Sequence[str], repo_id: str) -> list[str]:
+    """The files that an index (its text) names. Raises CheckpointError where it is corrupt or `names` lack one."""
+    try:
+        shards = sorted(set(json.loads(index)["weight_map"].values()))
+        absent = [str(name) for name in shards if name not in names]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(
+            f"The index of the Hub's {repo_id!r} is corrupt: wanted JSON with a weight_map from tensors to files.",
+            remedy="Tell the repository's owner, or give another revision.",
+            repo_id=repo_id,
+        ) from error
+    if absent:
+        raise CheckpointError(
+            f"The index of the Hub's {repo_id!r} names files that are not beside it: "
+            f"{', '.join(absent[:4])}{', ...' if len(absent) > 4 else ''}.",
+            remedy="Tell the repository's owner, or give another revision.",
+            repo_id=repo_id,
+            names=absent,
+        )
+    return shards
+
+
+def choose_side_files(names: Sequence[str], what: What) -> list[str]:
+    """Configuration, tokenizer, processor, code (never run) and licence."""
+    return [
+        name
+        for name in names
+        if not name.startswith(".")
+        and not name.endswith(".index.json")
+        and ("/" not in name or name.startswith(_TEMPLATES))
+        and any(fnmatch.fnmatchcase(name.removeprefix(_TEMPLATES), pattern) for pattern in _SIDE_FILES[what])
+    ]
