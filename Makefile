@@ -47,4 +47,4 @@ bench: $(stamp)
 # The environment stays; remove $(VENV) by hand to make it anew.
 clean:
 	rm -rf .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist dora_serve.egg-info
-	find app benchmarks dora_serve examples exporters tests -name __pycache__ -prune -exec rm -rf {} +
+	find . -path './.*' -prune -o -name __pycache__ -prune -exec rm -rf {} +
