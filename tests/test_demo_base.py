@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -55,7 +56,6 @@ def test_it_is_an_ordinary_bfloat16_model(model: Any, smollm2: Path) -> None:
 
 def test_the_weights_are_those_of_the_file_rounded_once(model: Any) -> None:
     """The oracle is gguf's own dequantizer. Down projections and the embedding keep their GGUF layout."""
-    gguf = pytest.importorskip("gguf")
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(gguf_file()).tensors}
     state = model.state_dict()
     for name, theirs in {
@@ -82,7 +82,6 @@ def test_digits_stand_alone(tokenizer: Any) -> None:
 
 
 def test_the_chat_template_is_the_files(tokenizer: Any) -> None:
-    gguf = pytest.importorskip("gguf")
     field = gguf.GGUFReader(gguf_file()).fields["tokenizer.chat_template"]
     assert tokenizer.chat_template.strip() == field.contents().strip()
     text = tokenizer.apply_chat_template(
