@@ -6,7 +6,11 @@ output row and `s` inside it. Plain LoRA (arXiv 2106.09685) is `W' = V`.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -26,37 +30,76 @@ def norm_scale(magnitude: Tensor, norms: Tensor) -> Tensor:
     return torch.where((norms == 0) & (magnitude == 0), torch.zeros_like(magnitude), magnitude / norms)
 
 
+def add_delta(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, *, out: Tensor | None = None) -> Tensor:
+    """`V = W + s B A`: weight (out, in), lora_a (r, in), lora_b (out, r); `out` may be `weight` itself."""
+    return torch.addmm(weight, lora_b * scaling, lora_a, out=out)
+
+
 def merge_weight(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, magnitude: Tensor | None) -> Tensor:
     """`W'` of some output rows: weight (out, in), lora_a (r, in), lora_b (out, r), magnitude (out,) or None.
 
     Row i of the result depends on row i of `weight`, `lora_b` and `magnitude` alone, so any block of rows may be
     merged by itself. Computes in the dtype of its arguments, which are all the same.
     """
-    direction = torch.addmm(weight, lora_b * scaling, lora_a)
+    direction = add_delta(weight, lora_a, lora_b, scaling)
     if magnitude is None:
         return direction
     return direction.mul_(norm_scale(magnitude, row_norms(direction)).unsqueeze(1))
 
 
-_EXPLICIT_MANTISSA_BITS = {torch.bfloat16: 7, torch.float16: 10}
-_FLOAT32_MANTISSA_BITS = 23
+_MANTISSA_BITS = {torch.float32: 23, torch.bfloat16: 7, torch.float16: 10}
 
 
-def round_once(exact: Tensor, dtype: torch.dtype) -> Tensor:
-    """float64 values rounded to `dtype`, to nearest, ties to even, in one rounding.
+@dataclass(frozen=True)
+class RoundingBuffers:
+    """Scratch for `round_once`, each of the block's shape: float32, int32, and the output's dtype."""
+
+    single: Tensor
+    marks: Tensor
+    rounded: Tensor
+
+
+def round_once(exact: Tensor, dtype: torch.dtype, buffers: RoundingBuffers | None = None) -> Tensor:
+    """float64 values (rows, columns) rounded to `dtype`, to nearest, ties to even, in one rounding.
 
     torch casts float64 to a 16-bit float through float32, and so rounds twice: a value just beside the middle of two
     16-bit numbers first becomes the middle, then goes to the even one (1 + 2**-8 + 2**-40 becomes 1.0 in bfloat16).
     Where the float32 value could be such a middle, it is moved one float32 step towards the exact value first.
+
+    buffers: where to put the result and what leads to it; without them it is allocated.
     """
-    if dtype not in _EXPLICIT_MANTISSA_BITS:
-        return exact.to(dtype)
-    single = exact.to(torch.float32)
-    dropped = _FLOAT32_MANTISSA_BITS - _EXPLICIT_MANTISSA_BITS[dtype]
+    if dtype not in (torch.bfloat16, torch.float16):
+        return exact.to(dtype) if buffers is None else buffers.rounded.copy_(exact)
+    single = exact.to(torch.float32) if buffers is None else buffers.single.copy_(exact)
+    marks = torch.empty_like(single, dtype=torch.int32) if buffers is None else buffers.marks
+    dropped = _MANTISSA_BITS[torch.float32] - _MANTISSA_BITS[dtype]
     # A middle has zeros below the first dropped bit; so have the 16-bit numbers themselves, which a step leaves alone.
-    suspects = ((single.view(torch.int32) << (33 - dropped)) == 0).nonzero(as_tuple=True)
-    if suspects[0].numel():
-        near, true = single[suspects], exact[suspects]
-        towards = torch.where(true > near, torch.inf, -torch.inf).to(torch.float32)
-        single[suspects] = torch.where(near.to(torch.float64) == true, near, torch.nextafter(near, towards))
-    return single.to(dtype)
+    torch.bitwise_left_shift(single.view(torch.int32), 33 - dropped, out=marks)
+    torch.eq(marks, 0, out=marks)
+    if marks.numel():
+        rows = marks.amax(dim=1).cpu().numpy().nonzero()[0]
+        if rows.size:
+            _step_towards(single, exact, marks, rows)
+    return single.to(dtype) if buffers is None else buffers.rounded.copy_(single)
+
+
+def _step_towards(single: Tensor, exact: Tensor, marks: Tensor, rows: NDArray[np.int64]) -> None:
+    """Move the marked elements of `single` that differ from `exact` one step towards it, in place.
+
+    A handful of elements of a few rows: numpy's small calls cost a tenth of torch's.
+    """
+    if single.device.type == "cpu":
+        near, true, marked = single.numpy(), exact.numpy(), np.flatnonzero(marks.numpy()[rows] != 0)
+        where = (rows[marked // single.shape[1]], marked % single.shape[1])
+        near[where] = _nearer(near[where], true[where])
+        return
+    index = torch.from_numpy(rows).to(single.device)
+    marked_there = marks[index].nonzero(as_tuple=True)
+    there = (index[marked_there[0]], marked_there[1])
+    moved = _nearer(single[there].cpu().numpy(), exact[there].cpu().numpy())
+    single[there] = torch.from_numpy(moved).to(single.device)
+
+
+def _nearer(near: NDArray[np.float32], true: NDArray[np.float64]) -> NDArray[np.float32]:
+    towards = np.where(true > near, np.float32(np.inf), np.float32(-np.inf))
+    return np.where(near == true, near, np.nextafter(near, towards, dtype=np.float32))

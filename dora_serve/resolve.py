@@ -9,6 +9,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 
@@ -490,7 +491,7 @@ def _replace_rows(draft: _Draft, change: TokenRows) -> None:
 def _require_disjoint(draft: _Draft) -> None:
     for tensor, edits in draft.loras.items():
         ordered = sorted(edits, key=lambda edit: edit.region.start)
-        for first, second in zip(ordered, ordered[1:], strict=False):
+        for first, second in pairwise(ordered):
             if second.region.start < first.region.stop:
                 draft.problem(
                     tensor, f"two updates of the same rows, by {first.module} and {second.module}", "one update"
