@@ -16,6 +16,9 @@ from dora_serve.safetensors_file import SafetensorsFile, TensorEntry, open_safet
 CONFIG_NAME = "config.json"
 INDEX_SUFFIX = ".safetensors.index.json"
 _PREFERRED = ("model", "diffusion_pytorch_model", "pytorch_model")
+_OTHER_FORMATS = frozenset({"onnx", "openvino", "original", "gguf", "coreml", "runs", "__pycache__"})
+"""Subfolders that hold the model in another form, or a trainer's log."""
+
 _WEIGHT_SUFFIXES = (
     ".safetensors",
     ".bin",
@@ -99,7 +102,9 @@ def side_files(folder: Path) -> tuple[Path, ...]:
     found = []
     for path in sorted(folder.rglob("*")):
         relative = path.relative_to(folder)
-        if any(part.startswith(".") or part == "__pycache__" for part in relative.parts) or not path.is_file():
+        if any(part.startswith((".", "checkpoint-")) or part in _OTHER_FORMATS for part in relative.parts):
+            continue
+        if not path.is_file():
             continue
         if relative.name.endswith(_WEIGHT_SUFFIXES) or relative.name.endswith(".index.json"):
             continue
@@ -109,19 +114,23 @@ def side_files(folder: Path) -> tuple[Path, ...]:
 
 
 def _find_index(folder: Path) -> Path | None:
-    found = sorted(folder.glob(f"*{INDEX_SUFFIX}"))
+    # An index left behind beside a newer single file is common; transformers takes the single file as well.
+    found = [
+        path
+        for path in sorted(folder.glob(f"*{INDEX_SUFFIX}"))
+        if not (folder / path.name.removesuffix(".index.json")).is_file()
+    ]
     for stem in _PREFERRED:
-        if (folder / f"{stem}{INDEX_SUFFIX}") in found:
+        if folder / f"{stem}{INDEX_SUFFIX}" in found:
             return folder / f"{stem}{INDEX_SUFFIX}"
+        if (folder / f"{stem}.safetensors").is_file():
+            return None
     if len(found) > 1:
         raise CheckpointError(
             f"{str(folder)!r} has {len(found)} indexes ({', '.join(path.name for path in found)}), wanted one.",
             remedy="Move the others away.",
             path=str(folder),
         )
-    # An index left behind beside a newer single file is common; transformers prefers the single file as well.
-    if found and (folder / "model.safetensors").is_file():
-        return None
     return found[0] if found else None
 
 

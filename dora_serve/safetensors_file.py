@@ -189,17 +189,38 @@ def read_tensor(entry: TensorEntry) -> Tensor:
     return torch.frombuffer(read_bytes(entry.path, entry.start, entry.stop), dtype=entry.dtype).view(entry.shape)
 
 
+METADATA_ROOM = 4096
+"""Spaces left at the end of a header that is written, so that `replace_metadata` can say more later."""
+
+
 def encode_header(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
     """The 8-byte length and the JSON header of a file that holds `tensors` one after the other in this order.
 
-    The header is padded with spaces so that the data starts on a multiple of 8, as the safetensors library does.
+    The header is padded with spaces, which the format allows, so that the data starts on a multiple of 8.
     """
-    table: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    entries: dict[str, object] = {}
     position = 0
     for name, (dtype, shape) in tensors.items():
         stop = position + prod(shape) * dtype.itemsize
-        table[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [position, stop]}
+        entries[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [position, stop]}
         position = stop
-    header = json.dumps(table, separators=(",", ":")).encode()
+    header = _dump(entries, metadata) + b" " * METADATA_ROOM
     header += b" " * (-len(header) % 8)
     return len(header).to_bytes(8, "little") + header
+
+
+def replace_metadata(path: Path, metadata: Mapping[str, str]) -> None:
+    """Write other metadata into a file that `encode_header` began, at most METADATA_ROOM bytes longer."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        table = json.loads(file.read(length))
+        table.pop("__metadata__", None)
+        header = _dump(table, metadata)
+        assert len(header) <= length, "the new metadata does not fit where the old one was"
+        file.seek(8)
+        file.write(header.ljust(length, b" "))
+
+
+def _dump(entries: Mapping[str, object], metadata: Mapping[str, str]) -> bytes:
+    table = {"__metadata__": dict(metadata), **entries} if metadata else dict(entries)
+    return json.dumps(table, separators=(",", ":")).encode()

@@ -1,0 +1,74 @@
+"""Whether a merged folder is the unmerged model, whoever made it: every tensor, then the forward.
+
+Nothing that merged is trusted here: `tensor_check` recomputes every value from the formula, and `forward_check` runs
+the unmerged model (reference.py, or PEFT) against the folder loaded as a user would load it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from dora_serve.checkpoint import open_checkpoint
+from dora_serve.errors import CheckpointError
+from dora_serve.forward_check import ForwardOptions, ForwardReport, check_forward
+from dora_serve.plan import MergePlan
+from dora_serve.progress import OnProgress, ignore_progress
+from dora_serve.tensor_check import check_tensors
+from dora_serve.tensor_report import TensorReport
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """Both checks. unreadable: why the folder could not even be opened; the checks are None then."""
+
+    tensors: TensorReport | None
+    forward: ForwardReport | None
+    unreadable: str | None = None
+
+    @property
+    def passed(self) -> bool:
+        """Whether every tensor is right and the forward, where it can be run at all, agrees."""
+        if self.tensors is None or not self.tensors.passed:
+            return False
+        return self.forward is None or not self.forward.failures
+
+    @property
+    def failures(self) -> tuple[str, ...]:
+        """Everything that is wrong, in plain sentences, causes before consequences."""
+        if self.unreadable is not None:
+            return (self.unreadable,)
+        found = [finding.message for finding in self.tensors.findings] if self.tensors else []
+        return (*found, *(self.forward.failures if self.forward else ()))
+
+    @property
+    def changes_nothing(self) -> bool:
+        return self.forward is not None and self.forward.changes_nothing
+
+    def to_json(self) -> dict[str, object]:
+        return {
+            "passed": self.passed,
+            "failures": list(self.failures),
+            "tensors": self.tensors.summary() if self.tensors else None,
+            "forward": self.forward.to_json() if self.forward else None,
+        }
+
+
+def verify(
+    plan: MergePlan,
+    merged: Path,
+    options: ForwardOptions | None = None,
+    *,
+    on_progress: OnProgress = ignore_progress,
+) -> VerifyReport:
+    """Check the folder `merged` against `plan`, which names the base and the adapter.
+
+    Raises UnavailableError without transformers, DoraServeError for prompts that cannot be read; whatever is wrong
+    with `merged` itself is in the report. Peak memory: one model at a time, and logits.
+    """
+    try:
+        tensors = check_tensors(plan, open_checkpoint(merged), on_progress=on_progress)
+    except CheckpointError as error:
+        return VerifyReport(None, None, str(error))
+    forward = check_forward(plan.base.folder, plan.adapter, merged, options, on_progress=on_progress)
+    return VerifyReport(tensors, forward)

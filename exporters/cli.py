@@ -1,0 +1,206 @@
+"""`dora-export`: the command line. It parses, calls one function, and turns its result or error into words.
+
+Nothing heavy is imported until a command runs, so `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from dora_serve import __version__
+from dora_serve.errors import DoraServeError
+
+EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+EXPORTER_NAMES = ("safetensors", "onnx")
+DTYPE_NAMES = ("float32", "bfloat16", "float16", "float64")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="dora-export",
+        description="Fold a trained LoRA or DoRA adapter into dense weights, prove the result, and export it.",
+    )
+    parser.add_argument("--version", action="version", version=f"dora-export {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    merge = commands.add_parser("merge", help="merge an adapter into its base, verify the result, export it")
+    merge.add_argument("adapter", metavar="ADAPTER", help="folder, or Hub id as user/name[@revision][:folder]")
+    merge.add_argument("--base", help="the base model: folder or Hub id; default: what the adapter names")
+    merge.add_argument("--to", choices=EXPORTER_NAMES, default="safetensors", help="what to write (%(default)s)")
+    merge.add_argument("-o", "--out", type=Path, metavar="OUT", help="the folder to make")
+    merge.add_argument("--dtype", choices=DTYPE_NAMES, help="of all floating tensors; default: each tensor's own")
+    merge.add_argument("--dry-run", action="store_true", help="print the plan and write nothing")
+    merge.add_argument("--no-verify", action="store_true", help="write without proof (dora_export.json says so)")
+    merge.add_argument("--overwrite", action="store_true", help="replace OUT, once the new one is complete")
+    merge.add_argument("--keep-failed", action="store_true", help="keep what failed, as OUT.FAILED-VERIFICATION")
+    _add_verification(merge)
+    _add_reading(merge)
+    merge.set_defaults(run=_merge)
+
+    verify = commands.add_parser("verify", help="check a merged folder, whoever made it, against base and adapter")
+    verify.add_argument("merged", metavar="MERGED", type=Path, help="the merged model's folder")
+    verify.add_argument("--adapter", required=True, help="the adapter that was merged: folder or Hub id")
+    verify.add_argument("--base", required=True, help="the base that it was merged into: folder or Hub id")
+    _add_verification(verify)
+    _add_reading(verify)
+    verify.set_defaults(run=_verify)
+
+    inspect = commands.add_parser("inspect", help="show what an adapter is, and whether it fits a base")
+    inspect.add_argument("adapter", metavar="ADAPTER", help="folder or Hub id")
+    inspect.add_argument("--base", help="folder or Hub id: also show what a merge into it would do")
+    _add_reading(inspect)
+    inspect.set_defaults(run=_inspect)
+
+    demo = commands.add_parser("demo-base", help="make a small real base model (SmolLM2-135M-Instruct) from a package")
+    demo.add_argument("folder", metavar="DIR", type=Path)
+    demo.add_argument("--json", action="store_true", help="print one JSON object")
+    demo.set_defaults(run=_demo_base)
+    return parser
+
+
+def _add_verification(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--reference", choices=("native", "peft"), default="native", help="whose unmerged forward is the measure"
+    )
+    parser.add_argument("--prompts", type=Path, metavar="FILE", help="one a line, or .jsonl with a prompt each")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N (auto: verify on a GPU if any)")
+
+
+def _add_reading(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--allow-pickle", action="store_true", help="read a .bin adapter, as weights only")
+    parser.add_argument(
+        "--ignore-config", action="append", default=[], metavar="KEY", help="a key known not to change the weights"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 0, 1 for a failure, 2 for wrong usage, 130 for Ctrl-C."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    parser = build_parser()
+    options = parser.parse_args(given)
+    options.given = ("dora-export", *given)
+    if options.command == "merge" and options.out is None and not options.dry_run:
+        parser.error("merge: give the folder to make with -o OUT, or --dry-run")
+    signal.signal(signal.SIGTERM, _terminated)
+    try:
+        return int(options.run(options))
+    except DoraServeError as error:
+        _print_error(error, as_json=options.json)
+        return EXIT_FAILED
+    except KeyboardInterrupt:
+        print("\nInterrupted: nothing was written, and nothing was changed.", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The reader of a pipe went away (`| head`); the interpreter must not complain again while it closes stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILED
+
+
+def _terminated(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _print_error(error: DoraServeError, *, as_json: bool) -> None:
+    if as_json:
+        facts = {key: value for key, value in error.facts.items() if key != "report"}
+        shown = {"type": type(error).__name__, "message": error.message, "remedy": error.remedy, **facts}
+        print(json.dumps({"error": shown, "report": error.facts.get("report")}, indent=2, default=str))
+        return
+    print(f"dora-export: {error}", file=sys.stderr)
+
+
+def _progress(stack: ExitStack) -> Any:
+    from exporters.terminal import TerminalProgress
+
+    return stack.enter_context(TerminalProgress())
+
+
+def _read_options(options: argparse.Namespace) -> Any:
+    from dora_serve.formats import ReadOptions
+
+    return ReadOptions(options.allow_pickle, frozenset(options.ignore_config))
+
+
+def _merge(options: argparse.Namespace) -> int:
+    from exporters.pipeline import ExportRequest, plan_export, run_export
+    from exporters.report import export_text, plan_text
+
+    request = ExportRequest(
+        adapter=options.adapter,
+        base=options.base,
+        out=options.out,
+        to=options.to,
+        dtype=options.dtype,
+        device=options.device,
+        verify=not options.no_verify,
+        overwrite=options.overwrite,
+        keep_failed=options.keep_failed,
+        reference=options.reference,
+        prompts=options.prompts,
+        read=_read_options(options),
+        command=options.given,
+    )
+    with ExitStack() as stack:
+        progress = _progress(stack)
+        if options.dry_run:
+            _, plan = plan_export(request, progress)
+            progress.clear()
+            print(json.dumps(plan.summary(), indent=2) if options.json else plan_text(plan))
+            return 0
+        export = run_export(request, progress)
+    if options.json:
+        print(json.dumps({"out": str(export.out), **export.record}, indent=2))
+    else:
+        print(export_text(export))
+    return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from dora_serve.forward_check import ForwardOptions
+    from exporters.pipeline import open_sources, require_device, run_verify
+    from exporters.report import verification_text
+
+    require_device(options.device)
+    with ExitStack() as stack:
+        progress = _progress(stack)
+        sources = open_sources(options.adapter, options.base, _read_options(options), progress)
+        device = None if options.device == "auto" else options.device
+        forward = ForwardOptions(options.reference, options.prompts, device)
+        report = run_verify(options.merged, sources, forward, progress)
+    print(json.dumps(report.to_json(), indent=2) if options.json else verification_text(report))
+    return 0 if report.passed else EXIT_FAILED
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from exporters.inspect import inspect
+    from exporters.report import inspection_text
+
+    with ExitStack() as stack:
+        inspection = inspect(options.adapter, options.base, _read_options(options), _progress(stack))
+    print(json.dumps(inspection.to_json(), indent=2) if options.json else inspection_text(inspection))
+    return 0 if not inspection.problems else EXIT_FAILED
+
+
+def _demo_base(options: argparse.Namespace) -> int:
+    from dora_serve.demo_base import make_demo_base
+
+    def say(stage: str) -> None:
+        if sys.stderr.isatty():
+            print(stage, file=sys.stderr)
+
+    folder = make_demo_base(options.folder, on_progress=say)
+    print(json.dumps({"folder": str(folder)}) if options.json else f"SmolLM2-135M-Instruct is in {folder}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,152 @@
+"""What an adapter is, and what a merge of it into a base would meet."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+from dora_serve.adapter import Adapter, LazyTensor
+from dora_serve.checkpoint import open_checkpoint
+from dora_serve.errors import CheckpointError, PlanError
+from dora_serve.formats import ReadOptions, read_adapter
+from dora_serve.hub import locate
+from dora_serve.progress import OnProgress, ignore_progress
+from dora_serve.resolve import plan_merge
+
+
+@dataclass(frozen=True)
+class Target:
+    """Adapted modules that share their last name: how many, with which ranks and scalings (each with its count)."""
+
+    name: str
+    kind: str
+    modules: int
+    ranks: Mapping[int, int]
+    scalings: Mapping[float, int]
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """parameters: trained numbers. plan: what a merge into `base` would do, None without one. problems: sentences."""
+
+    path: Path
+    format: str
+    method: str
+    trained_on: str | None
+    revision: str | None
+    task_type: str | None
+    targets: tuple[Target, ...]
+    replacements: tuple[str, ...]
+    dtypes: Mapping[str, int]
+    parameters: int
+    nbytes: int
+    notes: tuple[str, ...]
+    problems: tuple[str, ...]
+    plan: Mapping[str, object] | None = None
+
+    def to_json(self) -> dict[str, object]:
+        return {
+            "path": str(self.path),
+            "format": self.format,
+            "method": self.method,
+            "base": self.trained_on,
+            "revision": self.revision,
+            "task_type": self.task_type,
+            "modules": sum(target.modules for target in self.targets),
+            "targets": [
+                {
+                    "name": target.name,
+                    "kind": target.kind,
+                    "modules": target.modules,
+                    "ranks": {str(rank): count for rank, count in target.ranks.items()},
+                    "scalings": {str(scaling): count for scaling, count in target.scalings.items()},
+                    "parameters": target.parameters,
+                }
+                for target in self.targets
+            ],
+            "replacements": list(self.replacements),
+            "dtypes": dict(self.dtypes),
+            "parameters": self.parameters,
+            "bytes": self.nbytes,
+            "notes": list(self.notes),
+            "problems": list(self.problems),
+            "plan": dict(self.plan) if self.plan else None,
+        }
+
+
+def inspect(adapter: str, base: str | None, read: ReadOptions, on_progress: OnProgress = ignore_progress) -> Inspection:
+    """Read an adapter and, where a base is given, plan its merge; what would stop that is in `problems`.
+
+    Raises AdapterError for one that cannot be read at all, CheckpointError and HubError for a base that cannot.
+    """
+    found = locate(adapter, what="adapter", on_progress=on_progress)
+    contents = read_adapter(found.path, read)
+    problems: tuple[str, ...] = ()
+    plan = None
+    if base is not None:
+        checkpoint = open_checkpoint(locate(base, what="base", on_progress=on_progress).path)
+        try:
+            plan = plan_merge(checkpoint, contents).summary()
+        except PlanError as error:
+            problems = tuple(str(problem) for problem in error.problems)
+        except CheckpointError as error:
+            problems = (str(error),)
+    tensors = _tensors(contents)
+    return Inspection(
+        path=found.path,
+        format=contents.format,
+        method=contents.method,
+        trained_on=contents.base,
+        revision=contents.base_revision,
+        task_type=contents.task_type,
+        targets=_targets(contents),
+        replacements=tuple(
+            [f"{change.name} {list(change.tensor.shape)}" for change in contents.replacements]
+            + [f"{rows.module}: {len(rows.indices)} token rows" for rows in contents.token_rows]
+        ),
+        dtypes=dict(Counter(str(tensor.dtype).removeprefix("torch.") for tensor in tensors)),
+        parameters=sum(prod(tensor.shape) for tensor in tensors),
+        nbytes=sum(tensor.nbytes for tensor in tensors),
+        notes=contents.notes,
+        problems=problems,
+        plan=plan,
+    )
+
+
+def _tensors(adapter: Adapter) -> list[LazyTensor]:
+    found: list[LazyTensor] = []
+    for module in adapter.modules:
+        optional = (module.magnitude, module.lora_bias)
+        found += [module.lora_A, module.lora_B, *(tensor for tensor in optional if tensor is not None)]
+    for expert in adapter.experts:
+        found += [expert.lora_A, expert.lora_B]
+    found += [change.tensor for change in adapter.replacements]
+    found += [rows.rows for rows in adapter.token_rows]
+    return found
+
+
+def _targets(adapter: Adapter) -> tuple[Target, ...]:
+    grouped: dict[tuple[str, str], list[tuple[int, float, int]]] = defaultdict(list)
+    for module in adapter.modules:
+        size = prod(module.lora_A.shape) + prod(module.lora_B.shape)
+        size += prod(module.magnitude.shape) if module.magnitude else 0
+        grouped[(module.module.rpartition(".")[2], module.kind)].append((module.rank, module.scaling, size))
+    for expert in adapter.experts:
+        size = prod(expert.lora_A.shape) + prod(expert.lora_B.shape)
+        name = f"{expert.module.rpartition('.')[2]} ({', '.join(expert.parameters)})"
+        grouped[(name, "experts")].append((expert.rank, expert.scaling, size))
+    return tuple(
+        Target(
+            name=name,
+            kind=kind,
+            modules=len(members),
+            ranks=dict(Counter(rank for rank, _, _ in members)),
+            scalings=dict(Counter(scaling for _, scaling, _ in members)),
+            parameters=sum(size for _, _, size in members),
+        )
+        for (name, kind), members in sorted(grouped.items())
+    )

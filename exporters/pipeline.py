@@ -1,0 +1,205 @@
+"""One export from end to end: locate, read, plan, merge, verify, export, record, put into place."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from dora_serve.adapter import Adapter
+from dora_serve.checkpoint import ShardedCheckpoint, open_checkpoint
+from dora_serve.errors import DoraServeError, UnavailableError, VerificationError
+from dora_serve.formats import ReadOptions, read_adapter
+from dora_serve.forward_check import ForwardOptions
+from dora_serve.hub import Located, locate
+from dora_serve.output import new_folder
+from dora_serve.plan import MergePlan, MergeReport
+from dora_serve.progress import OnProgress, ignore_progress
+from dora_serve.resolve import plan_merge
+from dora_serve.safetensors_file import replace_metadata
+from dora_serve.verify import VerifyReport, verify
+from exporters.record import Provenance, hash_files, record, safetensors_metadata, write_record
+from exporters.registry import EXPORTERS, Exported, ExportInput
+from exporters.safetensors import write_model
+
+DTYPES: Mapping[str, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+FAILED_SUFFIX = ".FAILED-VERIFICATION"
+
+
+@dataclass(frozen=True)
+class Sources:
+    """An adapter and its base, found and opened."""
+
+    base: Located
+    adapter: Located
+    checkpoint: ShardedCheckpoint
+    read: Adapter
+
+
+@dataclass(frozen=True)
+class ExportRequest:
+    """What a user asks of `merge`. device: "auto" verifies on the GPU where there is one and merges on the CPU."""
+
+    adapter: str
+    base: str | None
+    out: Path | None
+    to: str = "safetensors"
+    dtype: str | None = None
+    device: str = "auto"
+    verify: bool = True
+    overwrite: bool = False
+    keep_failed: bool = False
+    reference: Literal["native", "peft"] = "native"
+    prompts: Path | None = None
+    read: ReadOptions = field(default_factory=ReadOptions)
+    command: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Export:
+    """What was made. record: the contents of dora_export.json."""
+
+    out: Path
+    plan: MergePlan
+    merged: MergeReport
+    verification: VerifyReport | None
+    exported: Exported
+    record: Mapping[str, object]
+
+
+def open_sources(
+    adapter: str, base: str | None, read: ReadOptions, on_progress: OnProgress = ignore_progress
+) -> Sources:
+    """Find and read the adapter, then the base that is named or that the adapter says it was trained on.
+
+    Raises AdapterError, CheckpointError, HubError.
+    """
+    found = locate(adapter, what="adapter", on_progress=on_progress)
+    contents = read_adapter(found.path, read)
+    spec = base or contents.base
+    if spec is None:
+        raise DoraServeError(
+            f"The adapter {adapter!r} does not say what it was trained on.",
+            remedy="Name the base model with --base: a folder, or a Hub id such as user/name@revision.",
+        )
+    revision = contents.base_revision if base is None and not Path(spec).exists() else None
+    located = locate(spec, what="base", revision=revision, on_progress=on_progress)
+    return Sources(located, found, open_checkpoint(located.path), contents)
+
+
+def plan_export(request: ExportRequest, on_progress: OnProgress = ignore_progress) -> tuple[Sources, MergePlan]:
+    """Everything before the first byte is written."""
+    require_device(request.device)
+    sources = open_sources(request.adapter, request.base, request.read, on_progress)
+    dtype = DTYPES[request.dtype] if request.dtype else None
+    return sources, plan_merge(sources.checkpoint, sources.read, dtype=dtype)
+
+
+def run_export(request: ExportRequest, on_progress: OnProgress = ignore_progress) -> Export:
+    """Merge, verify and export into `request.out`, which appears only once all of it held.
+
+    Raises VerificationError where it did not; then nothing is kept, or with `keep_failed` a folder whose name says so.
+    """
+    assert request.out is not None
+    sources, plan = plan_export(request, on_progress)
+    merge_device, verify_device = _devices(request.device)
+    inputs = (sources.base.path, sources.adapter.path)
+    with new_folder(request.out, overwrite=request.overwrite, inputs=inputs) as folder:
+        stage = folder / ".merged"
+        stage.mkdir()
+        adapter_hashes = hash_files(plan.adapter.files)
+        base_files = [file.path for file in sources.checkpoint.files.values()]
+        # As long as what takes its place once the verification has read the base anyway.
+        pending = {path.name: "pending".ljust(64, ".") for path in base_files} if request.verify else None
+        provenance = Provenance(sources.base, sources.adapter, request.command, adapter_hashes, pending)
+        metadata = safetensors_metadata(plan, provenance)
+        merged = write_model(plan, stage, metadata=metadata, device=merge_device, on_progress=on_progress)
+        verification = None
+        if request.verify:
+            options = ForwardOptions(request.reference, request.prompts, verify_device)
+            verification = verify(plan, stage, options, on_progress=on_progress)
+            if not verification.passed:
+                raise _failed(request, folder, stage, verification.failures, verification)
+            provenance = replace(provenance, base_hashes=hash_files(base_files, on_progress))
+            metadata = safetensors_metadata(plan, provenance) | {"merged_verification": _verdict(verification)}
+            for name in plan.files:
+                replace_metadata(stage / name, metadata)
+        exported = EXPORTERS[request.to](ExportInput(stage, folder, verification, metadata, verify_device, on_progress))
+        if exported.failures:
+            raise _failed(request, folder, stage, exported.failures, verification)
+        shutil.rmtree(stage)
+        written = sorted(path for path in folder.rglob("*") if path.is_file())
+        values = record(
+            plan,
+            provenance,
+            exporter=request.to,
+            output_hashes=hash_files(written, on_progress) if request.verify else None,
+            sizes={str(path.relative_to(folder)): path.stat().st_size for path in written},
+            verification=verification.to_json() if verification else None,
+            artifacts=exported.values,
+        )
+        write_record(folder, values)
+    return Export(request.out, plan, merged, verification, exported, values)
+
+
+def run_verify(
+    merged: Path, sources: Sources, options: ForwardOptions, on_progress: OnProgress = ignore_progress
+) -> VerifyReport:
+    """Check a merged folder, whoever made it."""
+    return verify(plan_merge(sources.checkpoint, sources.read), merged, options, on_progress=on_progress)
+
+
+def require_device(device: str) -> None:
+    """Raise UnavailableError where `device` is a GPU and this machine has none."""
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UnavailableError(
+            f"--device {device} was asked for, and torch finds no CUDA device here.",
+            remedy="Leave --device away to use the CPU, or install a CUDA build of torch.",
+        )
+
+
+def _devices(device: str) -> tuple[str, str]:
+    """(for the merge's arithmetic, for the verification's forward)."""
+    if device != "auto":
+        return device, device
+    return "cpu", "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _verdict(report: VerifyReport) -> str:
+    assert report.tensors is not None
+    forward = "forward passed" if report.forward and report.forward.passed else "forward not run"
+    return f"passed: {report.tensors.differing} of {report.tensors.elements} elements differ, {forward}"
+
+
+def _failed(
+    request: ExportRequest,
+    folder: Path,
+    stage: Path,
+    failures: tuple[str, ...],
+    report: VerifyReport | None,
+) -> VerificationError:
+    """The error of a failed check, after what failed was kept under a telling name where that was asked for."""
+    assert request.out is not None
+    kept = "Nothing was kept; say --keep-failed to look at what was written."
+    if request.keep_failed:
+        target = Path(os.path.abspath(request.out)).with_name(request.out.name + FAILED_SUFFIX)
+        shutil.rmtree(target, ignore_errors=True)
+        stage.rename(target)
+        kept = f"What was written is kept as {str(target)!r}; do not use it."
+    shown = "".join(f"\n  - {failure}" for failure in failures[:12])
+    return VerificationError(
+        f"The export of {request.adapter!r} failed its verification:{shown}",
+        remedy=kept,
+        report=report.to_json() if report else None,
+        failures=list(failures),
+    )

@@ -1,0 +1,122 @@
+"""`dora_export.json`: what was merged into what, by which command, and what the verification found."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from dora_serve import __version__
+from dora_serve.hub import Located
+from dora_serve.plan import MergePlan
+from dora_serve.progress import OnProgress, Progress, ignore_progress
+
+RECORD_NAME = "dora_export.json"
+_CHUNK = 1 << 22
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where the inputs came from. base_hashes is None where nothing read the whole base (an unverified merge)."""
+
+    base: Located
+    adapter: Located
+    command: tuple[str, ...]
+    adapter_hashes: Mapping[str, str]
+    base_hashes: Mapping[str, str] | None = None
+
+
+def hash_files(paths: Iterable[Path], on_progress: OnProgress = ignore_progress) -> dict[str, str]:
+    """sha256 of each file, by name. Two files at a time: hashing leaves the interpreter's lock."""
+    files = list(paths)
+    total, done = sum(path.stat().st_size for path in files), 0
+
+    def digest(path: Path) -> str:
+        nonlocal done
+        sha = hashlib.sha256()
+        with path.open("rb") as file:
+            while chunk := file.read(_CHUNK):
+                sha.update(chunk)
+                done += len(chunk)
+                on_progress(Progress("hashing", done, total))
+        return sha.hexdigest()
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip((path.name for path in files), pool.map(digest, files), strict=True))
+
+
+def safetensors_metadata(plan: MergePlan, provenance: Provenance) -> dict[str, str]:
+    """The short form, for the header of every weights file; values are strings, as the format has it."""
+    first = next(iter(plan.base.files.values()), None)
+    kept = dict(first.metadata) if first else {}
+    return {
+        **kept,
+        "format": kept.get("format", "pt"),
+        "dora_serve_version": __version__,
+        "merged_base": _label(provenance.base),
+        "merged_base_sha256": json.dumps(provenance.base_hashes) if provenance.base_hashes else "not computed",
+        "merged_adapter": _label(provenance.adapter),
+        "merged_adapter_sha256": json.dumps(dict(provenance.adapter_hashes)),
+        "merged_method": plan.adapter.method,
+        "merged_dtypes": json.dumps(plan.summary()["dtypes"]),
+        "merged_command": " ".join(provenance.command),
+    }
+
+
+def record(
+    plan: MergePlan,
+    provenance: Provenance,
+    *,
+    exporter: str,
+    output_hashes: Mapping[str, str] | None,
+    sizes: Mapping[str, int],
+    verification: Mapping[str, object] | None,
+    artifacts: Mapping[str, object],
+) -> dict[str, object]:
+    """The whole record as plain values."""
+    summary = plan.summary()
+    return {
+        "tool": "dora-serve",
+        "version": __version__,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": list(provenance.command),
+        "exporter": exporter,
+        "base": _source(provenance.base, provenance.base_hashes),
+        "adapter": {
+            **_source(provenance.adapter, provenance.adapter_hashes),
+            "format": plan.adapter.format,
+            "method": plan.adapter.method,
+        },
+        "dtypes": summary["dtypes"],
+        "actions": summary["actions"],
+        "config_changes": summary["config_changes"],
+        "untied": summary["untied"],
+        "notes": summary["notes"],
+        "files": {
+            name: {"bytes": size, "sha256": output_hashes.get(name) if output_hashes else None}
+            for name, size in sizes.items()
+        },
+        "verification": verification,
+        **artifacts,
+    }
+
+
+def write_record(folder: Path, values: Mapping[str, object]) -> None:
+    (folder / RECORD_NAME).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def _label(located: Located) -> str:
+    return f"{located.repo_id}@{located.revision}" if located.repo_id else located.spec
+
+
+def _source(located: Located, hashes: Mapping[str, str] | None) -> dict[str, object]:
+    return {
+        "id": located.repo_id or located.spec,
+        "path": None if located.repo_id else str(located.path.resolve()),
+        "revision": located.revision,
+        "sha256": dict(hashes) if hashes else None,
+    }

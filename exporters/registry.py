@@ -1,0 +1,84 @@
+"""Exporters by name: what `--to` chooses from. Each turns a merged folder into what is deployed."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from torch import Tensor
+
+from dora_serve.checkpoint import side_files
+from dora_serve.forward_check import ForwardReport
+from dora_serve.progress import OnProgress, Progress
+from dora_serve.verify import VerifyReport
+
+
+@dataclass(frozen=True)
+class ExportInput:
+    """merged: the merged model's folder, which an exporter may empty. out: where to write, existing and empty but for
+    hidden names. verification: None where it was switched off. metadata: of the sources, for the artifact's header.
+    """
+
+    merged: Path
+    out: Path
+    verification: VerifyReport | None
+    metadata: Mapping[str, str]
+    device: str
+    on_progress: OnProgress
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an exporter made. checked: whether it was compared with the model; failures: what did not hold."""
+
+    values: Mapping[str, object] = field(default_factory=dict)
+    failures: tuple[str, ...] = ()
+
+
+Exporter = Callable[[ExportInput], Exported]
+
+
+def export_safetensors(given: ExportInput) -> Exported:
+    """The merged folder is the output."""
+    for path in given.merged.iterdir():
+        path.rename(given.out / path.name)
+    return Exported()
+
+
+def export_onnx_folder(given: ExportInput) -> Exported:
+    """ONNX with a KV cache beside the configuration and tokenizer, compared with torch in ONNX Runtime."""
+    from exporters.onnx import export_onnx
+    from exporters.onnx_check import check_onnx
+
+    def say(stage: str) -> None:
+        given.on_progress(Progress(stage, 0, None, ""))
+
+    exported = export_onnx(given.merged, given.out, metadata=given.metadata, on_progress=say)
+    for relative in side_files(given.merged):
+        (given.out / relative).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(given.merged / relative, given.out / relative)
+    values: dict[str, object] = {"onnx": {**asdict(exported), "path": exported.path.name}}
+    forward = given.verification.forward if given.verification else None
+    if given.verification is None:
+        return Exported(values)
+    prompts, reference = _prompts(given, forward)
+    check = check_onnx(
+        exported.path, given.merged, prompts, reference_logits=reference, device=given.device, on_progress=say
+    )
+    return Exported({**values, "onnx_check": asdict(check)}, check.failures)
+
+
+EXPORTERS: Mapping[str, Exporter] = {"safetensors": export_safetensors, "onnx": export_onnx_folder}
+
+
+def _prompts(given: ExportInput, forward: ForwardReport | None) -> tuple[list[list[int]], list[Tensor] | None]:
+    """The verification's own prompts and, for a causal model, the unmerged model's logits on them."""
+    samples = [sample for sample in (forward.samples if forward else ()) if len(sample.token_ids)]
+    if not samples:
+        return [[1, 2, 3, 4, 5], [5, 4, 3]], None
+    tokens = [[int(token) for token in sample.token_ids] for sample in samples]
+    if forward is None or any(sample.grows != "input_ids" for sample in samples):
+        return tokens, None
+    return tokens, [logits.float() for logits in forward.unmerged_logits]

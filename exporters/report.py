@@ -1,0 +1,220 @@
+"""Reports in words and tables, for a person at a terminal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from dora_serve.comparison import Comparison
+from dora_serve.forward_check import ForwardReport
+from dora_serve.plan import MergePlan
+from dora_serve.tensor_report import TensorReport
+from dora_serve.verify import VerifyReport
+from exporters.inspect import Inspection
+from exporters.pipeline import Export
+from exporters.terminal import format_bytes, format_seconds, format_table
+
+
+def plan_text(plan: MergePlan) -> str:
+    """What a merge would do, for --dry-run."""
+    summary = plan.summary()
+    lines = [_headline(plan), "", format_table(_rows(summary["actions"]), ("what happens", "tensors"))]
+    files = [[name, str(len(tensors))] for name, tensors in plan.files.items()]
+    lines += ["", format_table(files, ("file", "tensors")), f"{format_bytes(plan.nbytes)} in all"]
+    if plan.config_changes:
+        changes = [f"{'.'.join(path)} = {value!r}" for path, value in plan.config_changes.items()]
+        lines += ["", "config.json: " + "; ".join(changes)]
+    lines += [f"Note: {note}" for note in plan.notes]
+    return "\n".join(lines)
+
+
+def export_text(export: Export) -> str:
+    """What was done, the verification's table, and where it lies."""
+    plan = export.plan
+    lines = [f"{_headline(plan)}: {_actions(plan)}, {format_bytes(plan.nbytes)} in {_duration(export.merged.seconds)}"]
+    lines += [f"Note: {note}" for note in plan.notes]
+    if export.merged.unchanged:
+        lines.append(f"Note: {_unchanged(export)}")
+    if export.verification is None:
+        lines.append("NOT VERIFIED (--no-verify): nothing shows that these weights equal the unmerged model.")
+    else:
+        lines += ["", verification_text(export.verification)]
+    if "onnx" in export.exported.values:
+        lines += ["", _onnx_text(export.exported.values)]
+    return "\n".join([*lines, "", f"Written to {export.out}"])
+
+
+def verification_text(report: VerifyReport) -> str:
+    """The table of a verification, and what is wrong where something is."""
+    parts = []
+    if report.tensors is not None:
+        parts.append(format_table(_tensor_rows(report.tensors), ("every tensor", "result")))
+    if report.forward is not None:
+        parts.append(_forward_text(report.forward))
+    if not report.passed:
+        parts.append("FAILED:\n" + "\n".join(f"  - {failure}" for failure in report.failures[:20]))
+        if report.tensors is not None and report.tensors.ranked:
+            rows = [
+                [item.module, f"{item.share:.1%}", _number(item.relative_error)] for item in report.tensors.ranked[:8]
+            ]
+            parts.append(format_table(rows, ("module", "share of the error", "relative error")))
+    elif report.changes_nothing:
+        parts.append("Verified, but the adapter changes nothing that can be seen: is it the right, trained one?")
+    elif report.forward is not None and not report.forward.ran:
+        parts.append("Verified by its tensors alone: the forward was not run.")
+    else:
+        parts.append("Verified: the merged model is the unmerged one, as exactly as its dtype can say it.")
+    return "\n\n".join(parts)
+
+
+def inspection_text(inspection: Inspection) -> str:
+    """An adapter at a glance."""
+    facts = [
+        ["format", f"{inspection.format} {inspection.method}"],
+        [
+            "trained on",
+            (inspection.trained_on or "not said") + (f"@{inspection.revision}" if inspection.revision else ""),
+        ],
+        ["task", inspection.task_type or "not said"],
+        ["parameters", f"{inspection.parameters:,} ({format_bytes(inspection.nbytes)})"],
+        ["dtypes", ", ".join(f"{dtype} ({count} tensors)" for dtype, count in inspection.dtypes.items())],
+    ]
+    lines = [f"{inspection.path}", "", format_table(facts, ("adapter", ""))]
+    if inspection.targets:
+        rows = [
+            [target.name, target.kind, str(target.modules), _counted(target.ranks), _counted(target.scalings)]
+            for target in inspection.targets
+        ]
+        lines += ["", format_table(rows, ("target", "kind", "modules", "rank", "scaling"))]
+    if inspection.replacements:
+        lines += ["", "Replaced whole: " + "; ".join(inspection.replacements[:12])]
+    lines += [f"Note: {note}" for note in inspection.notes]
+    if inspection.plan is not None:
+        actions = inspection.plan["actions"]
+        lines += ["", f"It fits {inspection.plan['base']}.", format_table(_rows(actions), ("what happens", "tensors"))]
+    if inspection.problems:
+        lines += ["", "It cannot be merged:"] + [f"  - {problem}" for problem in inspection.problems[:20]]
+        if len(inspection.problems) > 20:
+            lines.append(f"  - and {len(inspection.problems) - 20} more")
+    return "\n".join(lines)
+
+
+def _headline(plan: MergePlan) -> str:
+    adapter = plan.adapter
+    return f"{adapter.path.name} ({adapter.method}, {adapter.format}) into {plan.base.folder.name}"
+
+
+def _actions(plan: MergePlan) -> str:
+    actions = plan.summary()["actions"]
+    assert isinstance(actions, dict)
+    return ", ".join(f"{count} {action}" for action, count in actions.items())
+
+
+def _unchanged(export: Export) -> str:
+    names = export.merged.unchanged
+    shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return f"{len(names)} adapted tensors came out as they were in the base: {shown}"
+
+
+def _rows(table: object) -> list[list[str]]:
+    assert isinstance(table, Mapping)
+    return [[str(name), str(count)] for name, count in table.items()]
+
+
+def _tensor_rows(report: TensorReport) -> list[list[str]]:
+    verdicts = ", ".join(f"{count} {verdict}" for verdict, count in report.counts.items())
+    rows = [
+        ["tensors", f"{len(report.results)}: {verdicts}"],
+        ["elements that are not the formula rounded once", f"{report.differing:,} of {report.elements:,}"],
+        ["largest error, in spacings of the dtype", _number(report.largest_error)],
+    ]
+    norms = [result.norms for result in report.results if result.norms]
+    if norms:
+        wrong = sum(norm.wrong for norm in norms)
+        rows.append(["row norms that differ from |m|", f"{wrong:,} of {sum(norm.outputs for norm in norms):,}"])
+    return rows
+
+
+def _forward_text(report: ForwardReport) -> str:
+    if not report.ran:
+        return f"Forward: not run. {report.reason}"
+    columns: dict[str, Comparison] = {}
+    for label, comparison in (
+        ("base (the effect)", report.base),
+        (f"unmerged, {report.deployed_dtype}", report.unmerged_deployed),
+        (f"merged, {report.wide_dtype}", report.merged_wide),
+        (f"merged, {report.deployed_dtype}", report.merged_deployed),
+    ):
+        if comparison is not None:
+            columns[label] = comparison
+    rows = []
+    for label, comparison in columns.items():
+        greedy = comparison.greedy
+        rows.append(
+            [
+                label,
+                _number(comparison.largest),
+                _number(comparison.rms),
+                _number(comparison.kl),
+                f"{comparison.top1:.1%}",
+                "" if comparison.perplexity is None else _number(comparison.perplexity),
+                "" if greedy is None else f"{greedy.equal} of {greedy.compared}",
+            ]
+        )
+    whose = "PEFT's" if report.reference == "peft" else "the paper's"
+    title = (
+        f"Forward of {report.architecture} on {report.device}: {report.inputs}, {report.positions} positions, "
+        f"against {whose} unmerged forward in {report.wide_dtype}"
+    )
+    header = ("logits of", "largest diff", "rms diff", "KL", "same top-1", "perplexity", "greedy equal")
+    limits = f"allowed: rms {_number(report.allowed_rms)}, KL {_number(report.allowed_kl)}"
+    perplexity = "" if report.perplexity is None else f"; the unmerged model's perplexity: {_number(report.perplexity)}"
+    notes = [f"Note: {note}" for note in report.notes]
+    return "\n".join([title, format_table(rows, header), limits + perplexity, *notes])
+
+
+def _onnx_text(values: Mapping[str, object]) -> str:
+    onnx: Any = values["onnx"]
+    size = format_bytes(onnx["bytes"])
+    lines = [f"ONNX: {onnx['path']}, opset {onnx['opset']}, {onnx['dtype']}, {onnx['nodes']} nodes, {size}"]
+    check: Any = values.get("onnx_check")
+    if check is None:
+        return "\n".join([*lines, "NOT COMPARED with torch (--no-verify)."])
+    rows = [
+        ["prefill, all positions: largest difference", _number(check["max_abs"])],
+        ["decode with cache: largest difference", _number(check["decode_max_abs"])],
+        ["left-padded batch: largest difference", _number(check["padded_max_abs"])],
+        ["tolerance, from float32", _number(check["tolerance"])],
+        ["KL", _number(check["kl"])],
+        [
+            "from the unmerged model's logits (allowed)",
+            f"{_number(check['reference_max_abs'])} ({_number(check['reference_limit'])})",
+        ],
+        [
+            f"greedy continuations of {check['greedy_tokens']} tokens equal",
+            f"{check['greedy_equal']} of {check['greedy_total']}",
+        ],
+        [
+            "weights equal to the merged tensors, bit for bit",
+            f"{check['initializers_equal']} of {check['initializers']}",
+        ],
+    ]
+    shown = [row for row in rows if row[1] not in ("", " ()")]
+    return "\n".join([*lines, format_table(shown, (f"ONNX Runtime ({check['provider']}) against torch", ""))])
+
+
+def _counted(values: Mapping[Any, int]) -> str:
+    if len(values) == 1:
+        return f"{next(iter(values)):g}"
+    return ", ".join(f"{value:g} ({count})" for value, count in sorted(values.items()))
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:.3g}" if math.isfinite(value) else str(value)
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 10 else format_seconds(seconds)
