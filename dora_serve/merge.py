@@ -293,7 +293,7 @@ def _merge_rows(job: _Job, first: int, last: int, width: int) -> None:
                 exact.view(-1)[edit.start : edit.start + vector.shape[0]] += vector * edit.scaling
             merged = round_once(exact, plan.dtype, block.rounding(stop - start)).cpu()
             if not bounded:
-                _require_finite(job, merged)
+                _require_finite(job, exact, merged)
             if not job.changed.is_set() and not (merged.dtype == stored.dtype and torch.equal(merged, stored)):
                 job.changed.set()
             _write(job.target.descriptor, _bytes(merged), job.offset + start * width * plan.dtype.itemsize)
@@ -414,20 +414,24 @@ def _is_bounded(plan: TensorPlan, updates: list[_Update]) -> bool:
     return covered == prod(plan.shape) and len(largest) == len(updates) > 0 and max(largest) < limit / 2
 
 
-def _require_finite(job: _Job, merged: Tensor) -> None:
+def _require_finite(job: _Job, exact: Tensor, merged: Tensor) -> None:
     """NaN and infinity survive a sum, and no sum of finite 16- or 32-bit floats leaves float64."""
     if not merged.dtype.is_floating_point or bool(torch.isfinite(merged.sum(dtype=torch.float64))):
         return
-    wrong = int((~torch.isfinite(merged)).sum())
     modules = ", ".join(edit.module for edit in job.plan.loras[:3])
     if any(edit.magnitude is not None for edit in job.plan.loras):
         raise _zero_row(job.plan.name, modules)
-    raise UnmergeableError(
-        f"{job.plan.name} would hold {wrong} values that are NaN or infinite (updated by {modules or 'the adapter'}).",
-        remedy="The base holds NaN or infinities there, or the result overflows the dtype: try --dtype bfloat16 or "
-        "float32.",
-        tensor=job.plan.name,
-    )
+    wrong = ~torch.isfinite(merged)
+    if not modules:  # what was not finite in the base may stay so in a tensor that is only cast or replaced
+        wrong &= torch.isfinite(exact).cpu()
+    if bool(wrong.any()):
+        raise UnmergeableError(
+            f"{job.plan.name} would hold {int(wrong.sum())} values that are NaN or infinite "
+            f"(updated by {modules or 'the cast alone'}).",
+            remedy="The base holds NaN or infinities there, or the result overflows the dtype: try --dtype bfloat16 "
+            "or float32.",
+            tensor=job.plan.name,
+        )
 
 
 def _zero_row(tensor: str, module: str) -> UnmergeableError:

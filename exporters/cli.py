@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import sys
+import threading
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -90,7 +91,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.given = ("dora-export", *given)
     if options.command == "merge" and options.out is None and not options.dry_run:
         parser.error("merge: give the folder to make with -o OUT, or --dry-run")
-    signal.signal(signal.SIGTERM, _terminated)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _terminated)
     try:
         return int(options.run(options))
     except DoraServeError as error:
@@ -166,8 +168,10 @@ def _merge(options: argparse.Namespace) -> int:
 
 def _verify(options: argparse.Namespace) -> int:
     from dora_serve.forward_check import ForwardOptions
-    from exporters.pipeline import open_sources, require_device, run_verify
-    from exporters.report import verification_text
+    from exporters.pipeline import require_device
+    from exporters.report import folder_text
+    from exporters.sources import open_sources
+    from exporters.verify_folder import verify_folder
 
     require_device(options.device)
     with ExitStack() as stack:
@@ -175,8 +179,8 @@ def _verify(options: argparse.Namespace) -> int:
         sources = open_sources(options.adapter, options.base, _read_options(options), progress)
         device = None if options.device == "auto" else options.device
         forward = ForwardOptions(options.reference, options.prompts, device)
-        report = run_verify(options.merged, sources, forward, progress)
-    print(json.dumps(report.to_json(), indent=2) if options.json else verification_text(report))
+        report = verify_folder(options.merged, sources, forward, progress)
+    print(json.dumps(report.to_json(), indent=2) if options.json else folder_text(report))
     return 0 if report.passed else EXIT_FAILED
 
 

@@ -11,21 +11,18 @@ from typing import Literal
 
 import torch
 
-from dora_serve.adapter import Adapter
-from dora_serve.checkpoint import ShardedCheckpoint, open_checkpoint
-from dora_serve.errors import DoraServeError, UnavailableError, VerificationError
-from dora_serve.formats import ReadOptions, read_adapter
+from dora_serve.errors import UnavailableError, VerificationError
+from dora_serve.formats import ReadOptions
 from dora_serve.forward_check import ForwardOptions
-from dora_serve.hub import Located, locate
 from dora_serve.output import new_folder
 from dora_serve.plan import MergePlan, MergeReport
 from dora_serve.progress import OnProgress, ignore_progress
-from dora_serve.resolve import plan_merge
 from dora_serve.safetensors_file import replace_metadata
 from dora_serve.verify import VerifyReport, verify
 from exporters.record import Provenance, hash_files, record, safetensors_metadata, write_record
 from exporters.registry import EXPORTERS, Exported, ExportInput
 from exporters.safetensors import write_model
+from exporters.sources import Sources, open_sources, plan_sources
 
 DTYPES: Mapping[str, torch.dtype] = {
     "float32": torch.float32,
@@ -34,16 +31,6 @@ DTYPES: Mapping[str, torch.dtype] = {
     "float64": torch.float64,
 }
 FAILED_SUFFIX = ".FAILED-VERIFICATION"
-
-
-@dataclass(frozen=True)
-class Sources:
-    """An adapter and its base, found and opened."""
-
-    base: Located
-    adapter: Located
-    checkpoint: ShardedCheckpoint
-    read: Adapter
 
 
 @dataclass(frozen=True)
@@ -77,32 +64,12 @@ class Export:
     record: Mapping[str, object]
 
 
-def open_sources(
-    adapter: str, base: str | None, read: ReadOptions, on_progress: OnProgress = ignore_progress
-) -> Sources:
-    """Find and read the adapter, then the base that is named or that the adapter says it was trained on.
-
-    Raises AdapterError, CheckpointError, HubError.
-    """
-    found = locate(adapter, what="adapter", on_progress=on_progress)
-    contents = read_adapter(found.path, read)
-    spec = base or contents.base
-    if spec is None:
-        raise DoraServeError(
-            f"The adapter {adapter!r} does not say what it was trained on.",
-            remedy="Name the base model with --base: a folder, or a Hub id such as user/name@revision.",
-        )
-    revision = contents.base_revision if base is None and not Path(spec).exists() else None
-    located = locate(spec, what="base", revision=revision, on_progress=on_progress)
-    return Sources(located, found, open_checkpoint(located.path), contents)
-
-
 def plan_export(request: ExportRequest, on_progress: OnProgress = ignore_progress) -> tuple[Sources, MergePlan]:
     """Everything before the first byte is written."""
     require_device(request.device)
     sources = open_sources(request.adapter, request.base, request.read, on_progress)
     dtype = DTYPES[request.dtype] if request.dtype else None
-    return sources, plan_merge(sources.checkpoint, sources.read, dtype=dtype)
+    return sources, plan_sources(sources, dtype)
 
 
 def run_export(request: ExportRequest, on_progress: OnProgress = ignore_progress) -> Export:
@@ -150,13 +117,6 @@ def run_export(request: ExportRequest, on_progress: OnProgress = ignore_progress
         )
         write_record(folder, values)
     return Export(request.out, plan, merged, verification, exported, values)
-
-
-def run_verify(
-    merged: Path, sources: Sources, options: ForwardOptions, on_progress: OnProgress = ignore_progress
-) -> VerifyReport:
-    """Check a merged folder, whoever made it."""
-    return verify(plan_merge(sources.checkpoint, sources.read), merged, options, on_progress=on_progress)
 
 
 def require_device(device: str) -> None:

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -13,6 +14,9 @@ from dora_serve.checkpoint import side_files
 from dora_serve.forward_check import ForwardReport
 from dora_serve.progress import OnProgress, Progress
 from dora_serve.verify import VerifyReport
+
+if TYPE_CHECKING:
+    from exporters.onnx_check import OnnxCheck
 
 
 @dataclass(frozen=True)
@@ -50,30 +54,38 @@ def export_safetensors(given: ExportInput) -> Exported:
 def export_onnx_folder(given: ExportInput) -> Exported:
     """ONNX with a KV cache beside the configuration and tokenizer, compared with torch in ONNX Runtime."""
     from exporters.onnx import export_onnx
-    from exporters.onnx_check import check_onnx
 
-    def say(stage: str) -> None:
-        given.on_progress(Progress(stage, 0, None, ""))
-
+    say = _in_words(given.on_progress)
     exported = export_onnx(given.merged, given.out, metadata=given.metadata, on_progress=say)
     for relative in side_files(given.merged):
         (given.out / relative).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(given.merged / relative, given.out / relative)
     values: dict[str, object] = {"onnx": {**asdict(exported), "path": exported.path.name}}
-    forward = given.verification.forward if given.verification else None
     if given.verification is None:
         return Exported(values)
-    prompts, reference = _prompts(given, forward)
-    check = check_onnx(
-        exported.path, given.merged, prompts, reference_logits=reference, device=given.device, on_progress=say
-    )
+    check = compare_onnx(exported.path, given.merged, given.verification.forward, given.device, given.on_progress)
     return Exported({**values, "onnx_check": asdict(check)}, check.failures)
+
+
+def compare_onnx(
+    graph: Path, merged: Path, forward: ForwardReport | None, device: str, on_progress: OnProgress
+) -> OnnxCheck:
+    """A graph against the merged folder and, through what the verification recorded, the unmerged model."""
+    from exporters.onnx_check import check_onnx
+
+    prompts, reference = _prompts(forward)
+    say = _in_words(on_progress)
+    return check_onnx(graph, merged, prompts, reference_logits=reference, device=device, on_progress=say)
+
+
+def _in_words(on_progress: OnProgress) -> Callable[[str], None]:
+    return lambda stage: on_progress(Progress(stage, 0, None, ""))
 
 
 EXPORTERS: Mapping[str, Exporter] = {"safetensors": export_safetensors, "onnx": export_onnx_folder}
 
 
-def _prompts(given: ExportInput, forward: ForwardReport | None) -> tuple[list[list[int]], list[Tensor] | None]:
+def _prompts(forward: ForwardReport | None) -> tuple[list[list[int]], list[Tensor] | None]:
     """The verification's own prompts and, for a causal model, the unmerged model's logits on them."""
     samples = [sample for sample in (forward.samples if forward else ()) if len(sample.token_ids)]
     if not samples:

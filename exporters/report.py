@@ -14,6 +14,7 @@ from dora_serve.verify import VerifyReport
 from exporters.inspect import Inspection
 from exporters.pipeline import Export
 from exporters.terminal import format_bytes, format_seconds, format_table
+from exporters.verify_folder import FolderReport
 
 
 def plan_text(plan: MergePlan) -> str:
@@ -40,8 +41,11 @@ def export_text(export: Export) -> str:
         lines.append("NOT VERIFIED (--no-verify): nothing shows that these weights equal the unmerged model.")
     else:
         lines += ["", verification_text(export.verification)]
-    if "onnx" in export.exported.values:
-        lines += ["", _onnx_text(export.exported.values)]
+    onnx: Any = export.exported.values.get("onnx")
+    if onnx is not None:
+        size = format_bytes(onnx["bytes"])
+        lines += ["", f"ONNX: {onnx['path']}, opset {onnx['opset']}, {onnx['dtype']}, {onnx['nodes']} nodes, {size}"]
+        lines.append(_onnx_text(export.exported.values.get("onnx_check")))
     return "\n".join([*lines, "", f"Written to {export.out}"])
 
 
@@ -66,6 +70,16 @@ def verification_text(report: VerifyReport) -> str:
     else:
         parts.append("Verified: the merged model is the unmerged one, as exactly as its dtype can say it.")
     return "\n\n".join(parts)
+
+
+def folder_text(report: FolderReport) -> str:
+    """The verification of a folder; of an ONNX folder also the graph's."""
+    text = verification_text(report.model)
+    if report.onnx is None:
+        return text
+    failures = "\n".join(f"  - {failure}" for failure in report.onnx_failures)
+    verdict = f"FAILED:\n{failures}" if failures else "Verified: the graph is that merged model."
+    return "\n\n".join(["The merge that the graph is compared with:", text, _onnx_text(report.onnx), verdict])
 
 
 def inspection_text(inspection: Inspection) -> str:
@@ -174,13 +188,9 @@ def _forward_text(report: ForwardReport) -> str:
     return "\n".join([title, format_table(rows, header), limits + perplexity, *notes])
 
 
-def _onnx_text(values: Mapping[str, object]) -> str:
-    onnx: Any = values["onnx"]
-    size = format_bytes(onnx["bytes"])
-    lines = [f"ONNX: {onnx['path']}, opset {onnx['opset']}, {onnx['dtype']}, {onnx['nodes']} nodes, {size}"]
-    check: Any = values.get("onnx_check")
+def _onnx_text(check: Any) -> str:
     if check is None:
-        return "\n".join([*lines, "NOT COMPARED with torch (--no-verify)."])
+        return "NOT COMPARED with torch (--no-verify)."
     rows = [
         ["prefill, all positions: largest difference", _number(check["max_abs"])],
         ["decode with cache: largest difference", _number(check["decode_max_abs"])],
@@ -201,7 +211,7 @@ def _onnx_text(values: Mapping[str, object]) -> str:
         ],
     ]
     shown = [row for row in rows if row[1] not in ("", " ()")]
-    return "\n".join([*lines, format_table(shown, (f"ONNX Runtime ({check['provider']}) against torch", ""))])
+    return format_table(shown, (f"ONNX Runtime ({check['provider']}) against torch", ""))
 
 
 def _counted(values: Mapping[Any, int]) -> str:

@@ -1,0 +1,52 @@
+"""What a command works on: an adapter and its base, found, opened, and planned."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dora_serve.adapter import Adapter
+from dora_serve.checkpoint import ShardedCheckpoint, open_checkpoint
+from dora_serve.errors import DoraServeError
+from dora_serve.formats import ReadOptions, read_adapter
+from dora_serve.hub import Located, locate
+from dora_serve.plan import MergePlan
+from dora_serve.progress import OnProgress, ignore_progress
+from dora_serve.resolve import plan_merge
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Where both were found, and what is in them."""
+
+    base: Located
+    adapter: Located
+    checkpoint: ShardedCheckpoint
+    contents: Adapter
+
+
+def open_sources(
+    adapter: str, base: str | None, read: ReadOptions, on_progress: OnProgress = ignore_progress
+) -> Sources:
+    """Find and read the adapter, then the base that is named or that the adapter says it was trained on.
+
+    Raises AdapterError, CheckpointError, HubError; DoraServeError where no base is named anywhere.
+    """
+    found = locate(adapter, what="adapter", on_progress=on_progress)
+    contents = read_adapter(found.path, read)
+    spec = base or contents.base
+    if spec is None:
+        raise DoraServeError(
+            f"The adapter {adapter!r} does not say what it was trained on.",
+            remedy="Name the base model with --base: a folder, or a Hub id such as user/name@revision.",
+        )
+    revision = contents.base_revision if base is None and not Path(spec).exists() else None
+    located = locate(spec, what="base", revision=revision, on_progress=on_progress)
+    return Sources(located, found, open_checkpoint(located.path), contents)
+
+
+def plan_sources(sources: Sources, dtype: torch.dtype | None = None) -> MergePlan:
+    """The plan of the merge. Raises PlanError."""
+    return plan_merge(sources.checkpoint, sources.contents, dtype=dtype)

@@ -1,0 +1,71 @@
+"""`dora-export verify` for any folder: merged safetensors by themselves, ONNX by way of a merge of our own.
+
+The weights of an ONNX graph are renamed, transposed and fused, so the graph is compared with a fresh merge that is
+itself verified first: its initializers bit for bit, its logits in ONNX Runtime.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from dora_serve.checkpoint import read_json
+from dora_serve.errors import CheckpointError, no_such_path
+from dora_serve.forward_check import ForwardOptions
+from dora_serve.progress import OnProgress, ignore_progress
+from dora_serve.resolve import MERGEABLE_DTYPES
+from dora_serve.verify import VerifyReport, verify
+from exporters.registry import compare_onnx
+from exporters.safetensors import write_model
+from exporters.sources import Sources, plan_sources
+
+
+@dataclass(frozen=True)
+class FolderReport:
+    """model: the check of the merged weights (for ONNX, of the merge that the graph is compared with). onnx: the
+    comparison of the graph, and onnx_failures what is wrong with it; both empty for safetensors.
+    """
+
+    model: VerifyReport
+    onnx: Mapping[str, object] | None = None
+    onnx_failures: tuple[str, ...] = ()
+
+    @property
+    def passed(self) -> bool:
+        return self.model.passed and not self.onnx_failures
+
+    def to_json(self) -> dict[str, object]:
+        failures = [*self.model.failures, *self.onnx_failures]
+        return {**self.model.to_json(), "passed": self.passed, "failures": failures, "onnx_check": self.onnx}
+
+
+def verify_folder(
+    folder: Path, sources: Sources, options: ForwardOptions, on_progress: OnProgress = ignore_progress
+) -> FolderReport:
+    """Check a merged folder, whoever made it.
+
+    Raises CheckpointError for a folder that is not there, PlanError for an adapter that does not fit the base.
+    """
+    if not folder.exists():
+        raise CheckpointError(no_such_path("The merged folder", folder), remedy="Check the path.", path=str(folder))
+    graphs = sorted(folder.glob("*.onnx")) if folder.is_dir() else []
+    if not graphs or any(folder.glob("*.safetensors")):
+        return FolderReport(verify(plan_sources(sources), folder, options, on_progress=on_progress))
+    with tempfile.TemporaryDirectory(prefix="dora-export-verify-") as scratch:
+        plan = plan_sources(sources, _merged_dtype(folder))
+        write_model(plan, Path(scratch), metadata={"format": "pt"}, on_progress=on_progress)
+        report = verify(plan, Path(scratch), options, on_progress=on_progress)
+        device = "cuda" if torch.cuda.is_available() and options.device != "cpu" else "cpu"
+        check = compare_onnx(graphs[0], Path(scratch), report.forward, device, on_progress)
+    return FolderReport(report, asdict(check), check.failures)
+
+
+def _merged_dtype(folder: Path) -> torch.dtype | None:
+    """What the merge was written in before it became a graph, as its configuration says; None for the base's own."""
+    config = read_json(folder)
+    dtype = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), None)
+    return dtype if dtype in MERGEABLE_DTYPES else None
