@@ -1,0 +1,57 @@
+"""The README's commands and Python run as they are printed, and its demo is what `make demo` runs."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory: pytest.TempPathFactory, smollm2: Path) -> Path:
+    """A folder like the reader's: the example adapters, and the base that `demo-base` finds made already."""
+    folder = tmp_path_factory.mktemp("readme")
+    (folder / "adapters").symlink_to(ROOT / "examples" / "adapters")
+    (folder / "base").symlink_to(smollm2)
+    return folder
+
+
+def run(command: list[str], folder: Path) -> str:
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def test_the_commands_and_the_python_run_as_printed(desk: Path) -> None:
+    commands = [line[2:] for block in blocks("console") for line in block.splitlines() if line.startswith("$ ")]
+    assert {shlex.split(command)[1] for command in commands} == {"demo-base", "inspect", "merge", "verify"}
+    for command in commands:
+        program, *arguments = shlex.split(command)
+        assert program == "dora-export"
+        assert run([sys.executable, "-m", "exporters.cli", *arguments], desk).strip()
+    (python,) = blocks("python")
+    assert run([sys.executable, "-c", python], desk).startswith("True 0 of ")
+
+
+def test_make_demo_exports_the_shipped_adapter() -> None:
+    done = subprocess.run(["make", "-n", "demo"], cwd=ROOT, capture_output=True, text=True, check=True)
+    last = shlex.split(done.stdout.splitlines()[-1])
+    assert last[1:3] == ["merge", "examples/adapters/dates-dora"]
+    assert last[last.index("--to") + 1] == "onnx"
+    assert (ROOT / last[2] / "adapter_model.safetensors").is_file()
+
+
+def test_the_links_lead_somewhere() -> None:
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
