@@ -21,6 +21,7 @@ from dora_serve.checkpoint import ShardedCheckpoint, side_files
 from dora_serve.errors import CheckpointError, PlanError, Problem
 from dora_serve.names import ParameterNames, Place
 from dora_serve.plan import LoraEdit, MergePlan, Region, RowEdit, TensorPlan, VectorEdit
+from dora_serve.replicate import replicate_layers
 from dora_serve.safetensors_file import TensorEntry
 
 MERGEABLE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -69,6 +70,14 @@ def plan_merge(base: ShardedCheckpoint, adapter: Adapter, *, dtype: torch.dtype 
     """
     _require_dense(base)
     draft = _Draft(base, ParameterNames.of(base))
+    if adapter.config.get("layer_replication"):
+        try:
+            longer, draft.config_changes = replicate_layers(base, adapter.config["layer_replication"])
+        except ValueError as error:
+            draft.problems.append(error.args[0])
+        else:
+            draft.base, draft.names = longer, ParameterNames.of(longer)
+            draft.notes.append(f"The base's layers are repeated: {adapter.config['layer_replication']}.")
     _untie(draft, adapter)
     for replacement in adapter.replacements:
         _replace(draft, adapter, replacement)

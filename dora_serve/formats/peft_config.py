@@ -19,7 +19,8 @@ CONFIG_NAME = "adapter_config.json"
 _CHANGES_NOTHING = frozenset(
     """
     auto_mapping base_model_name_or_path bias corda_config ensure_weight_tying eva_config exclude_modules
-    fan_in_fan_out inference_mode init_lora_weights layers_pattern layers_to_transform loftq_config lora_alpha
+    fan_in_fan_out inference_mode init_lora_weights layer_replication layers_pattern
+    layers_to_transform loftq_config lora_alpha
     lora_bias lora_dropout lora_ga_config megatron_config megatron_core modules_to_save monteclora_config peft_type
     peft_version qalora_group_size r rank_pattern alpha_pattern revision runtime_config target_modules
     target_parameters task_type trainable_token_indices use_bdlora use_dora use_rslora velora_config lora_B_layout
@@ -32,7 +33,6 @@ _REFUSED: Mapping[str, str] = {
     "arrow_config": "Arrow routes each token to its own mixture of adapters",
     "use_qalora": "QALoRA pools its input, and its delta belongs to a group-quantized base",
     "kasa_config": "KaSA first removes the smallest singular components of the base's own weights",
-    "layer_replication": "layer replication repeats layers of the base, and a checkpoint has to hold a copy of each",
 }
 """Keys whose truth makes a merge impossible, with the reason."""
 
