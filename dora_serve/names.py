@@ -118,6 +118,15 @@ class ParameterNames:
         group = [own, *(target for target, source in facts.tied.items() if source == own)]
         return tuple(group) if len(group) > 1 and parameter in group else ()
 
+    def is_stored_apart(self, parameter: str) -> bool:
+        """Whether this is an embedding or `lm_head` of which the file holds both, though the configuration ties them."""
+        embeddings = [name for name in self.base.tensors if _EMBEDDING.search(name)]
+        heads = [name for name in self.base.tensors if name.endswith("lm_head.weight")]
+        place = self._rename(parameter)
+        return bool(
+            self.base.config.get("tie_word_embeddings") and embeddings and place in heads + embeddings and heads
+        )
+
     def nearest(self, parameter: str) -> tuple[str, ...]:
         """The stored names most like this one, for a message."""
         leaf = parameter.split(".")[-2:]

@@ -363,6 +363,10 @@ def _untie(draft: _Draft, adapter: Adapter) -> None:
     changed = {f"{module.module}.weight" for module in adapter.modules}
     changed |= {change.name for change in adapter.replacements if change.role == "modules_to_save"}
     groups = {group for name in sorted(changed) if (group := draft.names.shared_with(name))}
+    if not groups and any(draft.names.is_stored_apart(name) for name in changed):
+        # Both are in the file and the configuration calls them tied: transformers 4 would tie them again.
+        for path in _tie_paths(draft.base.config):
+            draft.config_changes[path] = False
     for group in groups:
         stored = [places[0].tensor for name in group if (places := draft.names.find(name)) and len(places) == 1]
         touched = [name for name in group if name in changed]
