@@ -37,6 +37,9 @@ COPY_BYTES = 1 << 26
 TASK_ELEMENTS = 1 << 22
 """Rows of one tensor are shared out to workers in tasks of this size."""
 
+MAX_WORKERS = 8
+"""Each worker has buffers of its own, and a few of them are faster than a disk."""
+
 
 @dataclass(frozen=True)
 class _Target:
@@ -71,14 +74,15 @@ def merge(
     """Write the planned weights into `folder`, which exists; the caller makes it and puts it into place.
 
     Every element is the float64 value of the formula on the stored tensors, rounded once to the output's dtype.
-    metadata: for the safetensors headers. workers: threads, one a core by default; torch's own threads are set to one
-    while they run, since the blocks are too small to be shared out twice.
+    metadata: for the safetensors headers. workers: threads, one a core by default and MAX_WORKERS at most; torch's own
+    threads are set to one while they run, since the blocks are too small to be shared out twice.
 
     Raises UnmergeableError for a row of zeros that a magnitude would have to scale, or a value that is not finite or
     overflows the output's dtype; CheckpointError for a base that cannot be read; OSError for a disk that is full.
     """
     started = time.monotonic()
-    require_space(folder, plan.nbytes)
+    total = plan.nbytes
+    require_space(folder, total)
     headers = {
         name: encode_header({t: (plan.tensors[t].dtype, plan.tensors[t].shape) for t in tensors}, metadata or {})
         for name, tensors in plan.files.items()
@@ -91,7 +95,7 @@ def merge(
         nonlocal done
         with lock:
             done += nbytes
-            on_progress(Progress("merging", done, plan.nbytes))
+            on_progress(Progress("merging", done, total))
 
     changed = {tensor.name: threading.Event() for tensor in plan.edited}
     threads = torch.get_num_threads()
@@ -104,7 +108,7 @@ def merge(
             _write(descriptor, memoryview(header), 0)
             os.ftruncate(descriptor, len(header) + sum(plan.tensors[t].nbytes for t in plan.files[name]))
         tasks = _tasks(plan, targets, headers, torch.device(device), changed, advance)
-        _run(tasks, workers or (1 if device != "cpu" else len(os.sched_getaffinity(0))))
+        _run(tasks, workers or _default_workers(device))
     finally:
         torch.set_num_threads(threads)
         for target in targets.values():
@@ -113,6 +117,10 @@ def merge(
         tensor.name for tensor in plan.edited if tensor.action != "cast" and not changed[tensor.name].is_set()
     )
     return MergeReport(plan, time.monotonic() - started, unchanged)
+
+
+def _default_workers(device: str) -> int:
+    return 1 if device != "cpu" else min(MAX_WORKERS, len(os.sched_getaffinity(0)))
 
 
 def _run(tasks: Mapping[_Target, list[Callable[[], None]]], workers: int) -> None:
