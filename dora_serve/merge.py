@@ -120,7 +120,10 @@ def merge(
 
 
 def _default_workers(device: str) -> int:
-    return 1 if device != "cpu" else min(MAX_WORKERS, len(os.sched_getaffinity(0)))
+    if device != "cpu":
+        return 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(MAX_WORKERS, cores)
 
 
 def _run(tasks: Mapping[_Target, list[Callable[[], None]]], workers: int) -> None:
@@ -205,6 +208,8 @@ def _copy(path: Path, start: int, stop: int, target: _Target, offset: int, advan
         position, to = start, offset
         while position < stop:
             try:
+                if not hasattr(os, "copy_file_range"):  # only Linux has it
+                    raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
                 count = os.copy_file_range(source, target.descriptor, stop - position, position, to)
             except OSError as error:
                 if error.errno not in (errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EBADF):
