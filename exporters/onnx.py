@@ -32,7 +32,7 @@ OPSETS = range(18, 25)
 # Tensors above this size lie in DATA_FILE; below it they are the constants of shape arithmetic.
 _INLINE_BYTES = 1024
 
-# What torch.onnx writes on a weight that a matrix product wants transposed: `name` + this (see _name_weights).
+# A weight that is stored transposed, as a matrix product wants it, has its parameter's name with this at the end.
 TRANSPOSED = ".T"
 
 _INSTEAD = "Export safetensors instead (--to safetensors)."
@@ -97,7 +97,8 @@ def export_onnx(
 
     The weights are always float32: ONNX Runtime's CPU provider has no bfloat16 kernels and few float16 ones, and a
     bfloat16 or float16 value is a float32 value exactly. They are always external data, a tied one stored once;
-    constants up to 1 KiB stay in the graph. Attention, RMSNormalization and RotaryEmbedding are single operators at
+    constants up to 1 KiB stay in the graph. A mixture of experts gathers the weights of each token's experts, so that
+    a prefill takes memory for every token. Attention, RMSNormalization and RotaryEmbedding are single operators at
     opset 23, which is why it is the default; 18 to 24 are possible.
 
     out_folder: exists; files of these two names are replaced. The caller makes the whole atomic.
@@ -320,8 +321,8 @@ def _decoder(model: PreTrainedModel) -> _Traceable:
             position_ids: torch.Tensor,
             past: list[tuple[torch.Tensor, torch.Tensor]],
         ) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
-            # Without the config the cache keeps every token, and sliding windows are the mask's business. A cache that
-            # drops tokens would have a length that depends on values, which no graph of fixed operators has.
+            # Without the config the cache keeps every token, and the mask alone makes a sliding window. A cache that
+            # drops tokens branches on its length, and a trace would keep one branch.
             cache = DynamicCache()
             for layer, (key, value) in enumerate(past):
                 cache.update(key, value, layer)
@@ -378,7 +379,7 @@ def _plain(model: PreTrainedModel) -> _Traceable:
     if model.main_input_name != "input_ids" or not {"input_ids", "attention_mask"} <= arguments:
         raise _refuse(model, f"its input is {model.main_input_name}, and only models of tokens are exported.")
     # A classifier on a decoder would otherwise return its cache beside the logits.
-    extra = {"use_cache": False} if "use_cache" in vars(model.config) else {}
+    fixed = {"return_dict": True, **({"use_cache": False} if "use_cache" in vars(model.config) else {})}
     # RotaryEmbedding does not broadcast: positions of the whole batch, where transformers would make one row of them.
     rotary = "position_ids" in arguments and any(name.endswith("rotary_emb") for name, _ in model.named_modules())
     segments = "token_type_ids" in arguments and (getattr(model.config, "type_vocab_size", 0) or 0) > 1
@@ -393,10 +394,12 @@ def _plain(model: PreTrainedModel) -> _Traceable:
         def forward(
             self, input_ids: torch.Tensor, attention_mask: torch.Tensor, token_type_ids: torch.Tensor | None = None
         ) -> tuple[torch.Tensor, ...]:
-            kinds = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+            given = {"input_ids": input_ids, "attention_mask": attention_mask}
+            if token_type_ids is not None:
+                given["token_type_ids"] = token_type_ids
             if rotary:
-                kinds["position_ids"] = torch.arange(input_ids.shape[1]).expand(input_ids.shape)
-            output = self.model(input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **kinds, **extra)
+                given["position_ids"] = torch.arange(input_ids.shape[1]).expand(input_ids.shape)
+            output = self.model(**given, **fixed)
             return tuple(output[name] for name in self.outputs)
 
     batch, sequence = 2, 3
@@ -406,7 +409,7 @@ def _plain(model: PreTrainedModel) -> _Traceable:
         else torch.ones(batch, sequence, dtype=torch.int64)
         for name in inputs
     )
-    probe = model(**dict(zip(inputs, args, strict=True)), return_dict=True, **extra)
+    probe = model(**dict(zip(inputs, args, strict=True)), **fixed)
     outputs = tuple(name for name in output_names(type(model).__name__) if probe.get(name) is not None)
     dims = {0: Dim("batch_size"), 1: Dim("sequence_length")}
     return _Traceable(
@@ -447,7 +450,7 @@ def _first_line(error: BaseException) -> str:
     return f"{type(cause).__name__}: {(str(cause).strip() or 'no reason given').splitlines()[0]}"
 
 
-_WRAPPED = "model."
+_WRAPPED = "model."  # the attribute that _decoder's and _plain's modules keep the model in
 
 
 def _name_weights(model: onnx_ir.Model) -> None:

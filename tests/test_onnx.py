@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 
 from dora_serve.errors import CheckpointError, UnavailableError
 from exporters.onnx import DATA_FILE, MODEL_FILE, OnnxExport, architecture_of, export_onnx
-from exporters.onnx_check import OnnxCheck, check_onnx
+from exporters.onnx_check import OnnxCheck, _count_greedy, _Expected, _Got, check_onnx
 
 VOCABULARY = 96
 SIZES: dict[str, Any] = {
@@ -380,6 +380,17 @@ def test_a_value_that_is_not_a_number(copied: Case) -> None:
     assert report.max_abs == inf
 
 
+def test_a_checkpoint_that_is_not_finite(case: Callable[[str], Case], tmp_path: Path) -> None:
+    model = shutil.copytree(case("mistral").model, tmp_path / "model")
+    weights = load_file(model / "model.safetensors")
+    weights["model.layers.0.mlp.up_proj.weight"][3, 3] = torch.nan
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    report = check(Case(model, case("mistral").onnx, case("mistral").export), reference_logits=reference(model))
+    assert not report.passed
+    assert any("not finite" in failure for failure in report.failures)
+    assert report.reference_max_abs == inf
+
+
 def test_two_layers_swapped(copied: Case) -> None:
     first, second = (place(load_initializers(copied.onnx)[QUERY.format(layer)]) for layer in (0, 1))
     data = bytearray((copied.onnx / DATA_FILE).read_bytes())
@@ -524,6 +535,17 @@ def test_rounded_weights_are_within_the_reference(case: Callable[[str], Case], t
     assert report.failures == ()
     assert report.reference_max_abs is not None
     assert report.reference_max_abs > 100 * report.tolerance
+
+
+@pytest.mark.parametrize(("margin", "passes"), [(0.5, True), (2.0, False)])
+def test_a_near_tie_is_no_failure(margin: float, passes: bool) -> None:
+    """Tolerance 1: the tokens part at the second step, where torch's logits are `margin` apart."""
+    logits = torch.zeros(3, 9)
+    logits[1, 4] = margin
+    expected = _Expected([], [([4, 4, 4], logits), ([7, 7, 7], logits)], 1.0, None, True)
+    failures: list[str] = []
+    assert _count_greedy(expected, _Got("", [], [], [], [[4, 5, 8], [7, 7, 7]]), failures) == 1
+    assert (failures == []) == passes
 
 
 def test_prompts_that_cannot_be_compared(case: Callable[[str], Case]) -> None:
