@@ -68,8 +68,9 @@ def plan_export(request: ExportRequest, on_progress: OnProgress = ignore_progres
     """Everything before the first byte is written."""
     require_device(request.device)
     sources = open_sources(request.adapter, request.base, request.read, on_progress)
-    dtype = DTYPES[request.dtype] if request.dtype else None
-    return sources, plan_sources(sources, dtype)
+    plan = plan_sources(sources, DTYPES[request.dtype] if request.dtype else None)
+    EXPORTERS[request.to].preflight(plan)
+    return sources, plan
 
 
 def run_export(request: ExportRequest, on_progress: OnProgress = ignore_progress) -> Export:
@@ -79,6 +80,7 @@ def run_export(request: ExportRequest, on_progress: OnProgress = ignore_progress
     """
     assert request.out is not None
     sources, plan = plan_export(request, on_progress)
+    exporter = EXPORTERS[request.to]
     merge_device, verify_device = _devices(request.device)
     inputs = (sources.base.path, sources.adapter.path)
     with new_folder(request.out, overwrite=request.overwrite, inputs=inputs) as folder:
@@ -101,7 +103,7 @@ def run_export(request: ExportRequest, on_progress: OnProgress = ignore_progress
             metadata = safetensors_metadata(plan, provenance) | {"merged_verification": _verdict(verification)}
             for name in plan.files:
                 replace_metadata(stage / name, metadata)
-        exported = EXPORTERS[request.to](ExportInput(stage, folder, verification, metadata, verify_device, on_progress))
+        exported = exporter.run(ExportInput(stage, folder, verification, metadata, verify_device, on_progress))
         if exported.failures:
             raise _failed(request, folder, stage, exported.failures, verification)
         shutil.rmtree(stage)

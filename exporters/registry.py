@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dora_serve.checkpoint import side_files
 from dora_serve.forward_check import ForwardReport
+from dora_serve.plan import MergePlan
 from dora_serve.progress import OnProgress, Progress
 from dora_serve.verify import VerifyReport
 
@@ -41,7 +42,24 @@ class Exported:
     failures: tuple[str, ...] = ()
 
 
-Exporter = Callable[[ExportInput], Exported]
+@dataclass(frozen=True)
+class Exporter:
+    """preflight: raises what can be known before anything is merged. run: writes and compares."""
+
+    preflight: Callable[[MergePlan], None]
+    run: Callable[[ExportInput], Exported]
+
+
+def _nothing_to_check(plan: MergePlan) -> None:
+    """Any merge can be written as safetensors."""
+
+
+def _check_onnx_architecture(plan: MergePlan) -> None:
+    from exporters.onnx import architecture_of, require
+
+    require("onnx", "onnxscript", "onnxruntime", "transformers")
+    if ("architectures",) not in plan.config_changes:
+        architecture_of(plan.base.folder)
 
 
 def export_safetensors(given: ExportInput) -> Exported:
@@ -82,7 +100,10 @@ def _in_words(on_progress: OnProgress) -> Callable[[str], None]:
     return lambda stage: on_progress(Progress(stage, 0, None, ""))
 
 
-EXPORTERS: Mapping[str, Exporter] = {"safetensors": export_safetensors, "onnx": export_onnx_folder}
+EXPORTERS: Mapping[str, Exporter] = {
+    "safetensors": Exporter(_nothing_to_check, export_safetensors),
+    "onnx": Exporter(_check_onnx_architecture, export_onnx_folder),
+}
 
 
 def _prompts(forward: ForwardReport | None) -> tuple[list[list[int]], list[Tensor] | None]:
