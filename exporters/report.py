@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from dora_serve.comparison import Comparison
+from dora_serve.comparison import Comparison, Tolerance
 from dora_serve.forward_check import ForwardReport
 from dora_serve.plan import MergePlan
 from dora_serve.tensor_report import TensorReport
@@ -153,39 +153,38 @@ def _tensor_rows(report: TensorReport) -> list[list[str]]:
 def _forward_text(report: ForwardReport) -> str:
     if not report.ran:
         return f"Forward: not run. {report.reason}"
-    columns: dict[str, Comparison] = {}
-    for label, comparison in (
-        ("base (the effect)", report.base),
-        (f"unmerged, {report.deployed_dtype}", report.unmerged_deployed),
-        (f"merged, {report.wide_dtype}", report.merged_wide),
-        (f"merged, {report.deployed_dtype}", report.merged_deployed),
-    ):
-        if comparison is not None:
-            columns[label] = comparison
-    rows = []
-    for label, comparison in columns.items():
-        greedy = comparison.greedy
-        rows.append(
-            [
-                label,
-                _number(comparison.largest),
-                _number(comparison.rms),
-                _number(comparison.kl),
-                f"{comparison.top1:.1%}",
-                "" if comparison.perplexity is None else _number(comparison.perplexity),
-                "" if greedy is None else f"{greedy.equal} of {greedy.compared}",
-            ]
-        )
+    wide, deployed = report.wide_dtype, report.deployed_dtype
+    measured = (
+        ("base (the effect)", report.base, None),
+        (f"formula rounded to {deployed}, run in {wide}", report.rounded, None),
+        (f"merged, run in {wide}", report.merged_wide, report.tolerance_wide),
+        (f"unmerged, run in {deployed}", report.unmerged_deployed, None),
+        (f"merged, run in {deployed}", report.merged_deployed, report.tolerance_deployed),
+    )
+    rows = [_forward_row(label, found, limit) for label, found, limit in measured if found is not None]
     whose = "PEFT's" if report.reference == "peft" else "the paper's"
     title = (
-        f"Forward of {report.architecture} on {report.device}: {report.inputs}, {report.positions} positions, "
-        f"against {whose} unmerged forward in {report.wide_dtype}"
+        f"Logits of {report.architecture} on {report.device}: {report.inputs}, {report.positions} positions, how far "
+        f"from {whose} unmerged forward in {report.wide_dtype}"
     )
-    header = ("logits of", "largest diff", "rms diff", "KL", "same top-1", "perplexity", "greedy equal")
-    limits = f"allowed: rms {_number(report.allowed_rms)}, KL {_number(report.allowed_kl)}"
-    perplexity = "" if report.perplexity is None else f"; the unmerged model's perplexity: {_number(report.perplexity)}"
+    header = ("model", "largest", "rms", "allowed", "KL", "allowed", "same top-1", "perplexity", "greedy equal")
     notes = [f"Note: {note}" for note in report.notes]
-    return "\n".join([title, format_table(rows, header), limits + perplexity, *notes])
+    return "\n".join([title, format_table(rows, header), *notes])
+
+
+def _forward_row(label: str, found: Comparison, limit: Tolerance | None) -> list[str]:
+    greedy = found.greedy
+    return [
+        label,
+        _number(found.largest),
+        _number(found.rms),
+        _number(limit.rms if limit else None),
+        _number(found.kl),
+        _number(limit.kl if limit else None),
+        f"{found.top1:.1%}",
+        _number(found.perplexity),
+        f"{greedy.equal} of {greedy.compared}" if greedy else "",
+    ]
 
 
 def _onnx_text(check: Any) -> str:
