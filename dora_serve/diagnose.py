@@ -7,10 +7,9 @@ stored values to within rounding. What none explains is said to be unexplained.
 from __future__ import annotations
 
 import math
-import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,11 +19,9 @@ from dora_serve.hypotheses import (
     Candidate,
     Sample,
     axis_candidates,
+    best_of,
     dora_candidates,
-    fit,
-    fit_magnitudes,
     lora_candidates,
-    low_rank,
     rounding_candidates,
     scale_candidate,
     scaling_candidates,
@@ -32,7 +29,8 @@ from dora_serve.hypotheses import (
     take_sample,
     within_stepwise_rounding,
 )
-from dora_serve.plan import LoraEdit, MergePlan, TensorPlan
+from dora_serve.model_search import SEARCHED_ROWS, Search, magnitude_candidate, search_model, tensor_like
+from dora_serve.plan import MergePlan, TensorPlan
 from dora_serve.reference_weight import (
     FLOAT32,
     Reference,
@@ -49,14 +47,11 @@ from dora_serve.tensor_report import Finding, TensorResult
 
 SAMPLE_ELEMENTS = 1 << 18
 FEWEST_ROWS, MOST_ROWS = 8, 64
+LIKENESS = 2.0**-20
+"""How far, relatively, a value may be from another tensor's to be the same: some roundings of float32."""
+
 FEW_ELEMENTS = 16
 """Up to so many wrong elements, in a tensor of which they are at most a hundredth, are damage and not a method."""
-
-FAILED_SEARCHES = 8
-"""Searches through the whole model are given up after so many that found nothing."""
-
-CHANCE = 1e-6
-SEARCHED_TENSORS = 64
 
 
 @dataclass(frozen=True)
@@ -79,30 +74,14 @@ class _Diagnosis:
     text: str
 
 
-@dataclass
-class _Search:
-    """What the searches through the whole model share. found: planned names to merged tensors."""
-
-    plan: MergePlan
-    found: Mapping[str, TensorEntry]
-    row_block_elements: int
-    failed: int = 0
-    other_base: bool = False
-
-    @property
-    def worth_it(self) -> bool:
-        return self.failed < FAILED_SEARCHES and not self.other_base
-
-
 def diagnose(
     plan: MergePlan,
     suspects: Sequence[Suspect],
-    found: Mapping[str, TensorEntry],
     absent: Sequence[TensorResult],
     row_block_elements: int,
 ) -> tuple[Finding, ...]:
     """Findings for all wrong tensors, those of one kind gathered into one. Nothing is reported for none."""
-    search = _Search(plan, found, row_block_elements)
+    search = Search(plan, row_block_elements)
     adapted = [suspect for suspect in suspects if suspect.plan.loras and not suspect.result.note]
     plain = [suspect for suspect in suspects if not suspect.plan.loras or suspect.result.note]
     diagnoses = [_diagnose_plain(search, suspect) for suspect in plain]
@@ -140,26 +119,10 @@ def _rows_to_sample(row_outside: Tensor, row_error: Tensor, width: int) -> Tenso
     return torch.tensor(sorted({*worst.tolist(), *spread.tolist()}))
 
 
-def _best(
-    candidates: Iterator[Candidate], got: Tensor, exact: Tensor, error: Tensor, dtype: torch.dtype
-) -> Candidate | None:
-    """The candidate that explains the sample best; the first of those that do it alike."""
-    best, best_key = None, (True, math.inf)
-    for candidate in candidates:
-        judged = fit(got, candidate.values(), exact, error, dtype)
-        if judged is not None and (best is None or _clearly_better(judged.key, best_key)):
-            best, best_key = candidate, judged.key
-    return best
-
-
-def _clearly_better(new: tuple[bool, float], old: tuple[bool, float]) -> bool:
-    return new[0] < old[0] or (new[0] == old[0] and new[1] < 0.9 * old[1])
-
-
 # One wrong tensor that LoRA or DoRA updates
 
 
-def _diagnose_adapted(search: _Search, suspect: Suspect) -> Iterator[_Diagnosis]:
+def _diagnose_adapted(search: Search, suspect: Suspect) -> Iterator[_Diagnosis]:
     if not suspect.result.outside:
         worst = suspect.result.norms.largest if suspect.result.norms else 0.0
         text = f"its row norms differ from the magnitudes by up to {worst:.2g} of them"
@@ -177,7 +140,7 @@ def _diagnose_adapted(search: _Search, suspect: Suspect) -> Iterator[_Diagnosis]
         yield _diagnose_rows(search, suspect, reference, left)
 
 
-def _diagnose_region(search: _Search, suspect: Suspect, reference: Reference, update: Update) -> _Diagnosis:
+def _diagnose_region(search: Search, suspect: Suspect, reference: Reference, update: Update) -> _Diagnosis:
     module, region = update.edit.module, update.edit.region
     outside = suspect.row_outside[region.start : region.stop]
     rows = _rows_to_sample(outside, suspect.row_error[region.start : region.stop], region.width)
@@ -185,13 +148,14 @@ def _diagnose_region(search: _Search, suspect: Suspect, reference: Reference, up
     if suspect.result.non_finite:
         return _non_finite(suspect, module)
     judged = (sample.got, sample.exact, sample.error, sample.dtype)
-    best = _best(_candidates(search.plan, sample), *judged) or _best(axis_candidates(sample), *judged)
+    found = best_of(_candidates(search.plan, sample), *judged) or best_of(axis_candidates(sample), *judged)
+    best = found[0] if found else None
     if best is None and not bool(sample.got.any()):
         return _Diagnosis("zeroed", module, "its values are zeros")
     if best is None and _are_few(outside, region.width):
         return _damage(suspect, reference, module, outside, region.start)
-    if best is None or best.kind == "scaling":
-        best = _magnitude_candidate(search.plan, sample) or best
+    if found is None or not found[1].outright:
+        best = magnitude_candidate(search.plan, sample, outright=found is not None) or best
     if best is None and within_stepwise_rounding(sample):
         share = float(outside.sum()) / (len(outside) * region.width)
         text = (
@@ -200,8 +164,7 @@ def _diagnose_region(search: _Search, suspect: Suspect, reference: Reference, up
         )
         return _Diagnosis("cast-twice", module, text)
     if best is None and search.worth_it:
-        best = _search_model(search, suspect, sample)
-        search.failed += best is None
+        best = search_model(search, sample)
     if best is None:
         return _unexplained(suspect, module)
     wrong = int((outside > 0).sum())
@@ -258,69 +221,6 @@ def _flipped_bits(got: Tensor, wanted: Tensor) -> list[int]:
     return [bit for bit in range(8 * size) if difference >> bit & 1]
 
 
-def _magnitude_candidate(plan: MergePlan, sample: Sample) -> Candidate | None:
-    """What is wrong with the magnitudes of a DoRA module whose direction is right but for a scaling."""
-    own = sample.magnitude
-    if own is None:
-        return None
-    fitted = fit_magnitudes(sample)
-    if fitted is None:
-        return None
-    tolerance = fitted.tolerance
-    same_scaling = fitted.scaling == sample.scaling
-    scaling = "" if same_scaling else f"the scaling is {fitted.scaling:.4g}, wanted {sample.scaling:.6g}"
-
-    def candidate(kind: str, text: str) -> Candidate:
-        return Candidate(kind, " and ".join(filter(None, (scaling, text))), lambda: fitted.values)
-
-    if _alike(fitted.magnitude, own, tolerance):
-        return None if same_scaling else candidate("scaling", "")
-    if _alike(fitted.magnitude, sample.outputs.norms(fitted.scaling), tolerance):
-        return candidate("magnitude-dropped", "the magnitudes were dropped: the values are W + s B A")
-    whole = sample.update.magnitude
-    assert whole is not None
-    if _is_permutation(fitted.magnitude, whole, tolerance):
-        return candidate("magnitude-permuted", "the magnitudes are in another order: each output has that of another")
-    here = torch.arange(len(whole)) if sample.transposed else sample.rows
-    for edit in _edits(plan, len(whole)):
-        if edit.magnitude is not None and edit.module != sample.update.edit.module:
-            other = edit.magnitude.load().to(torch.float64)[here]
-            if _alike(fitted.magnitude, other, tolerance):
-                return candidate("magnitude-of-other", f"the magnitudes are those of {edit.module}")
-    ratio = float((fitted.magnitude / own).median())
-    if _alike(fitted.magnitude, ratio * own, tolerance):
-        return candidate("magnitude-changed", f"the magnitudes are {ratio:.4g} times the adapter's")
-    return candidate(
-        "magnitude-changed",
-        f"the direction is right and the magnitudes are not the adapter's ({ratio:.4g} times, in the median)",
-    )
-
-
-def _alike(first: Tensor, second: Tensor, tolerance: float) -> bool:
-    return bool(((first - second).abs() <= tolerance * second.abs()).all())
-
-
-def _is_permutation(fitted: Tensor, whole: Tensor, tolerance: float) -> bool:
-    """Whether each fitted magnitude is one of the module's, and so many would hardly be by chance."""
-    ordered = whole.abs().sort().values
-    at = torch.searchsorted(ordered, fitted.abs().contiguous()).clamp(1, max(1, len(ordered) - 1))
-    nearest = torch.minimum(
-        (fitted.abs() - ordered[at - 1]).abs(), (fitted.abs() - ordered[at.clamp(max=len(ordered) - 1)]).abs()
-    )
-    if not bool((nearest <= tolerance * fitted.abs()).all()):
-        return False
-    spread = float(ordered[-1] - ordered[0])
-    covered = min(1.0, 2 * tolerance * float(ordered.sum()) / spread) if spread else 1.0
-    return covered ** len(fitted) < CHANCE
-
-
-def _edits(plan: MergePlan, outputs: int) -> Iterator[LoraEdit]:
-    for tensor in plan.tensors.values():
-        for edit in tensor.loras:
-            if edit.lora_B.shape[0] == outputs:
-                yield edit
-
-
 def _unexplained(suspect: Suspect, subject: str) -> _Diagnosis:
     result = suspect.result
     error = math.sqrt(sum(part.squared_error for part in result.parts))
@@ -330,159 +230,37 @@ def _unexplained(suspect: Suspect, subject: str) -> _Diagnosis:
     return _Diagnosis("unexplained", subject, text)
 
 
-# Searches through the whole model
-
-
-def _search_model(search: _Search, suspect: Suspect, sample: Sample) -> Candidate | None:
-    judged = (sample.got, sample.exact, sample.error, sample.dtype)
-    return (
-        _best(_other_deltas(search.plan, sample), *judged)
-        or _best(_other_packing(search.plan, sample), *judged)
-        or _other_tensor(search, suspect, sample)
-        or _transposed_tensor(sample)
-        or _other_adapter(sample)
-    )
-
-
-def _other_deltas(plan: MergePlan, sample: Sample) -> Iterator[Candidate]:
-    """The update of another module of the same shape, or of another expert, in place of this one's."""
-    own = sample.update.edit
-    for edit in _edits(plan, own.lora_B.shape[0]):
-        same = edit.lora_A.shape[1] == own.lora_A.shape[1] and edit.region.transposed == own.region.transposed
-        if edit is own or not same:
-            continue
-        yield Candidate(
-            "adapter-of-other",
-            f"the update that belongs to {edit.module} was merged into it",
-            lambda edit=edit: _with_edit(sample, edit),  # type: ignore[misc]
-        )
-
-
-def _with_edit(sample: Sample, edit: LoraEdit) -> Tensor:
-    lora_a, lora_b = edit.lora_A.load().to(torch.float64), edit.lora_B.load().to(torch.float64)
-    if sample.transposed:
-        direction = sample.weight + edit.scaling * (lora_b @ lora_a[:, sample.rows])
-    else:
-        direction = sample.weight + edit.scaling * (lora_b[sample.rows] @ lora_a)
-    if edit.magnitude is None:
-        return direction
-    if sample.transposed:
-        factor = (sample.got * direction).sum(1) / direction.square().sum(1)
-    else:
-        magnitude = edit.magnitude.load().to(torch.float64)[sample.rows]
-        factor = magnitude / torch.linalg.vector_norm(direction, dim=1)
-    return factor.nan_to_num(nan=0.0).unsqueeze(1) * direction
-
-
-def _other_packing(plan: MergePlan, sample: Sample) -> Iterator[Candidate]:
-    """lora_B of an expert taken from the packed factor the other way: expert by expert, or rank by rank."""
-    own = sample.update.edit
-    for expert in plan.adapter.experts:
-        label = re.fullmatch(rf"{re.escape(expert.module)}\.[^.\[]+\[(\d+)\]", own.module)
-        count, rank = expert.lora_A.shape[0] // expert.rank, expert.rank
-        if label is None or count < 2:
-            continue
-        packed, number = expert.lora_B.load().to(torch.float64), int(label[1])
-        if expert.expert_slowest:
-            other = packed.reshape(-1, rank, count)[:, :, number]
-        else:
-            other = packed[:, number * rank : (number + 1) * rank]
-        outputs = own.lora_B.shape[0]
-        for start in range(0, len(other) - outputs + 1, outputs):  # gate and up may be stored apart
-            edit = replace(own, lora_B=LazyTensor.of(other[start : start + outputs]))
-            text = "its part of lora_B was cut out of the experts' the other way (expert by expert, or rank by rank)"
-            yield Candidate("expert-packing", text, lambda edit=edit: _with_edit(sample, edit))  # type: ignore[misc]
-
-
-def _other_tensor(search: _Search, suspect: Suspect, sample: Sample) -> Candidate | None:
-    """Another tensor's values, merged or not, under this one's name: q and k exchanged, layers shifted."""
-    start = sample.update.edit.region.start
-    rows = [start + row for row in sample.rows.tolist()[:FEWEST_ROWS]]
-    at = slice(0, len(rows))
-    got, exact, error = (
-        values.T[at] if sample.transposed else values[at] for values in (sample.got, sample.exact, sample.error)
-    )
-    return _tensor_like(search, suspect.plan, rows, (got, exact, error, sample.dtype))
-
-
-def _tensor_like(
-    search: _Search, own: TensorPlan, rows: list[int], judged: tuple[Tensor, Tensor, Tensor, torch.dtype]
-) -> Candidate | None:
-    got = judged[0]
-    width = got.shape[1]
-    for name in _alike_tensors(search.plan, own):
-        other = search.plan.tensors[name]
-        if isinstance(other.source, LazyTensor):
-            continue
-        base = torch.cat(
-            [read_elements(other.source, row * width, (row + 1) * width).to(torch.float64).view(1, -1) for row in rows]
-        )
-        options = [Candidate("swapped", f"it holds the base's {name}", lambda base=base: base)]  # type: ignore[misc]
-        if not other.is_copy:
-            reference = open_reference(other, search.row_block_elements)
-            if reference.width == width:
-                merged = torch.cat([exact_rows(reference, row, row + 1) for row in rows])
-                options.insert(0, Candidate("swapped", f"it holds the values of {name}", lambda merged=merged: merged))  # type: ignore[misc]
-        best = _best(iter(options), *judged)
-        if best is not None:
-            return best
-    return None
-
-
-def _alike_tensors(plan: MergePlan, own: TensorPlan) -> list[str]:
-    """Other planned tensors of the same shape, those of the same layer first."""
-    names = [name for name, tensor in plan.tensors.items() if tensor.shape == own.shape and name != own.name]
-    parts = own.name.split(".")
-
-    def distance(name: str) -> int:
-        return sum(one != other for one, other in zip(parts, name.split("."), strict=False))
-
-    return sorted(names, key=distance)[:SEARCHED_TENSORS]
-
-
-def _transposed_tensor(sample: Sample) -> Candidate | None:
-    """The whole tensor stored the other way round, for a square one: got[i, j] is what [j, i] should be."""
-    if not sample.is_square:
-        return None
-    rows = sample.rows
-    got, exact, error = (
-        values[rows] if sample.transposed else values[:, rows] for values in (sample.got, sample.exact, sample.error)
-    )
-    if bool((exact == exact.T).all()):
-        return None
-    candidate = Candidate("tensor-transposed", "it is stored transposed", lambda: exact.T)
-    return _best(iter([candidate]), got, exact, error.T, sample.dtype)
-
-
-def _other_adapter(sample: Sample) -> Candidate | None:
-    rank = low_rank(sample)
-    if rank is None:
-        return None
-    text = (
-        f"what was added to the base has rank {rank}, as an adapter's update has, and is not this adapter's: "
-        "another adapter, or another checkpoint of its training"
-    )
-    return Candidate("another-adapter", text, lambda: sample.got)
-
-
 # One wrong tensor without LoRA
 
 
-def _diagnose_plain(search: _Search, suspect: Suspect) -> _Diagnosis:
+def _diagnose_plain(search: Search, suspect: Suspect) -> _Diagnosis:
     subject = suspect.plan.name
     if suspect.result.note:
-        kind = "wrong-shape" if suspect.entry.shape != suspect.plan.shape else "wrong-dtype"
-        text = suspect.result.note
-        if suspect.entry.shape == tuple(reversed(suspect.plan.shape)) and len(suspect.plan.shape) > 1:
-            text += ": it is stored transposed"
-        return _Diagnosis(kind, subject, text)
+        return _diagnose_note(search, suspect)
     if not len(suspect.row_outside):
         return _Diagnosis("unadapted-changed", subject, f"{suspect.result.outside} of its elements are not the base's")
     reference = open_reference(suspect.plan, search.row_block_elements)
     return _diagnose_rows(search, suspect, reference, suspect.row_outside)
 
 
-def _diagnose_rows(search: _Search, suspect: Suspect, reference: Reference, outside: Tensor) -> _Diagnosis:
+def _diagnose_note(search: Search, suspect: Suspect) -> _Diagnosis:
+    """A tensor whose shape or dtype is wrong: is it another one?"""
+    subject, shape, dtype = suspect.plan.name, suspect.entry.shape, suspect.entry.dtype
+    if shape == suspect.plan.shape:
+        return _Diagnosis("wrong-dtype", subject, suspect.result.note)
+    if len(shape) == 2 and dtype.is_floating_point and search.worth_it:
+        rows = list(range(min(SEARCHED_ROWS, shape[0])))
+        got = read_elements(suspect.entry, 0, len(rows) * shape[1]).to(torch.float64).view(len(rows), shape[1])
+        error = got.abs() * LIKENESS
+        like = tensor_like(search, subject, shape, rows, (got, got, error, dtype))
+        if like is not None:
+            return _Diagnosis(like.kind, subject, like.text)
+        search.failed += 1
+    turned = ": it is stored transposed" if shape == suspect.plan.shape[::-1] else ""
+    return _Diagnosis("wrong-shape", subject, suspect.result.note + turned)
+
+
+def _diagnose_rows(search: Search, suspect: Suspect, reference: Reference, outside: Tensor) -> _Diagnosis:
     plan, dtype = suspect.plan, suspect.entry.dtype
     subject = plan.name
     rows = _rows_to_sample(outside, suspect.row_error, reference.width).tolist()
@@ -495,19 +273,18 @@ def _diagnose_rows(search: _Search, suspect: Suspect, reference: Reference, outs
     if reference.width == 1:  # a vector: its elements are one sample, not one row each
         got, exact, error = got.T, exact.T, error.T
     judged = (got, exact, error, dtype)
-    best = _best(_plain_candidates(search.plan, reference, rows, exact, dtype), *judged)
-    if best is not None:
-        return _Diagnosis(best.kind, subject, best.text)
+    found = best_of(_plain_candidates(search.plan, reference, rows, exact, dtype), *judged)
+    if found is not None:
+        return _Diagnosis(found[0].kind, subject, found[0].text)
     if not bool(got.any()):
         return _Diagnosis("zeroed", subject, "its values are zeros")
     if _are_few(outside, reference.width):
         return _damage(suspect, reference, subject, outside, 0)
     if search.worth_it and plan.is_copy and reference.width > 1:
-        best = _tensor_like(
-            search, plan, rows[:FEWEST_ROWS], (got[:FEWEST_ROWS], exact[:FEWEST_ROWS], error[:FEWEST_ROWS], dtype)
-        )
-        if best is not None:
-            return _Diagnosis(best.kind, subject, best.text)
+        few = slice(0, SEARCHED_ROWS)
+        like = tensor_like(search, plan.name, plan.shape, rows[few], (got[few], exact[few], error[few], dtype))
+        if like is not None:
+            return _Diagnosis(like.kind, subject, like.text)
         search.failed += 1
     if plan.loras:
         count = int(outside.sum())
@@ -582,7 +359,7 @@ def _bias_scale(plan: MergePlan, bias: TensorPlan) -> Tensor | None:
 # From diagnoses to findings
 
 
-def _gather(plan: MergePlan, diagnoses: Sequence[_Diagnosis], search: _Search) -> Iterator[Finding]:
+def _gather(plan: MergePlan, diagnoses: Sequence[_Diagnosis], search: Search) -> Iterator[Finding]:
     adapted = {edit.module for tensor in plan.tensors.values() for edit in tensor.loras}
     by_kind: dict[str, list[_Diagnosis]] = defaultdict(list)
     for diagnosis in diagnoses:

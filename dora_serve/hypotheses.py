@@ -7,7 +7,7 @@ rows of the stored matrix, so sums along the other axis need a pass over all of 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -40,6 +40,7 @@ COARSE_SHARE = 0.25
 
 LOW_RANK_TAIL = 1e-4
 NOISE_SLACK = 6.0
+MOST_TURNS = 60
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class Sample:
 
     reference: Reference
     update: Update
-    dtype: torch.dtype
+    entry: TensorEntry
     rows: Tensor
     got: Tensor
     weight: Tensor
@@ -84,6 +85,10 @@ class Sample:
     error: Tensor
     magnitude: Tensor | None
     row_block_elements: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.entry.dtype
 
     @property
     def transposed(self) -> bool:
@@ -130,6 +135,15 @@ class Sample:
         """`V`, or what it would be with another scaling."""
         return self.weight + (self.scaling if scaling is None else scaling) * self.delta
 
+    def stored_norms(self) -> Tensor:
+        """The norm of every output of the region as it is stored, (out,), in one pass over it."""
+        region = self.update.edit.region
+        squares = []
+        for start, stop in row_blocks(self.reference, self.row_block_elements, (region.start, region.stop)):
+            got = read_elements(self.entry, start * region.width, stop * region.width).to(torch.float64)
+            squares.append(got.view(stop - start, region.width).square().sum(0 if region.transposed else 1))
+        return (torch.stack(squares).sum(0) if region.transposed else torch.cat(squares)).sqrt()
+
     def merged(self, scaling: float, norm_scaling: float | None = None) -> Tensor:
         """`W'` with another scaling, for LoRA or DoRA; norm_scaling: another one still inside the norm."""
         direction = self.direction(scaling)
@@ -157,9 +171,7 @@ def take_sample(
     magnitude = update.magnitude
     if magnitude is not None and not transposed:
         magnitude = magnitude[rows]
-    return Sample(
-        reference, update, entry.dtype, rows, magnitude=magnitude, row_block_elements=row_block_elements, **whole
-    )
+    return Sample(reference, update, entry, rows, magnitude=magnitude, row_block_elements=row_block_elements, **whole)
 
 
 def _read_row(entry: TensorEntry, row: int, width: int) -> Tensor:
@@ -201,6 +213,22 @@ def fit(got: Tensor, values: Tensor, exact: Tensor, error: Tensor, dtype: torch.
     return None
 
 
+def best_of(
+    candidates: Iterable[Candidate], got: Tensor, exact: Tensor, error: Tensor, dtype: torch.dtype
+) -> tuple[Candidate, Fit] | None:
+    """The candidate that explains the sample best, and how well; the first of those that do it alike."""
+    best: tuple[Candidate, Fit] | None = None
+    for candidate in candidates:
+        judged = fit(got, candidate.values(), exact, error, dtype)
+        if judged is not None and (best is None or _clearly_better(judged.key, best[1].key)):
+            best = candidate, judged
+    return best
+
+
+def _clearly_better(new: tuple[bool, float], old: tuple[bool, float]) -> bool:
+    return new[0] < old[0] or (new[0] == old[0] and new[1] < 0.9 * old[1])
+
+
 def scaling_candidates(sample: Sample, *, rank_stabilised: bool) -> Iterator[Candidate]:
     """Another scaling of B A, by the mistakes that are made. rank_stabilised: what the adapter asks for."""
     own, rank = sample.scaling, sample.update.lora_A.shape[0]
@@ -233,7 +261,6 @@ def scaling_candidates(sample: Sample, *, rank_stabilised: bool) -> Iterator[Can
 
 def lora_candidates(sample: Sample) -> Iterator[Candidate]:
     """Mistakes of LoRA and DoRA alike, scalings apart."""
-    own = sample.scaling
     yield Candidate("left-out", "the values are the base's: the adapter was not merged in", lambda: sample.weight)
     text = "the adapter was merged in twice"
     if sample.magnitude is None and sample.update.lora_A.shape[0] == 4:
@@ -433,13 +460,15 @@ def within_stepwise_rounding(sample: Sample) -> bool:
 class Magnitudes:
     """What a DoRA sample was scaled by, its direction being right but for the scaling of B A.
 
-    scaling: of B A; magnitude (out here,): norm of each output; tolerance: its relative error, from rounding.
+    scaling: of B A; magnitude (out here,): norm of each output; tolerance: its relative error, from rounding; values:
+    of the fit; outright: whether they are what is stored, rounded once.
     """
 
     scaling: float
     magnitude: Tensor
     tolerance: float
     values: Tensor
+    outright: bool
 
 
 def fit_magnitudes(sample: Sample) -> Magnitudes | None:
@@ -459,12 +488,13 @@ def fit_magnitudes(sample: Sample) -> Magnitudes | None:
         direction = sample.direction(scaling)
         factor = (got * direction).sum(1) / direction.square().sum(1)
         values = _rowwise(factor, direction)
-        if fit(got, values, sample.exact, sample.error, sample.dtype) is not None:
-            rounding = torch.finfo(sample.dtype).eps / math.sqrt(got.shape[1])
-            relative = float(
-                (sample.error.square().sum(1).sqrt() / sample.exact.square().sum(1).sqrt()).nan_to_num().max()
-            )
-            return Magnitudes(scaling, factor * sample.outputs.norms(scaling), 2 * (rounding + relative), values)
+        judged = fit(got, values, sample.exact, sample.error, sample.dtype)
+        if judged is None:
+            continue
+        rounding = torch.finfo(sample.dtype).eps / math.sqrt(got.shape[1])
+        relative = sample.error.square().sum(1).sqrt() / sample.exact.square().sum(1).sqrt()
+        tolerance = 2 * (rounding + float(relative.nan_to_num().max()))
+        return Magnitudes(scaling, factor * sample.outputs.norms(scaling), tolerance, values, judged.outright)
     return None
 
 
@@ -482,17 +512,27 @@ def low_rank(sample: Sample) -> int | None:
         if 2 * limit > smallest:
             return None
         factor = torch.ones(len(got), dtype=torch.float64)
-        basis = torch.zeros(got.shape[1], 0, dtype=torch.float64)
-        for _ in range(1 if sample.magnitude is None else 60):
-            if sample.magnitude is not None:
-                rest = weight - (weight @ basis) @ basis.T
-                factor = (got * rest).sum(1) / (weight * rest).sum(1)
-            difference = got - _rowwise(factor, weight)
-            singular, right = torch.linalg.svd(difference, full_matrices=False)[1:]
-            basis = right[:limit].T
-        energy = singular.square()
+        for _ in range(1 if sample.magnitude is None else MOST_TURNS):
+            energy, basis = _principal(got - factor.unsqueeze(1) * weight, limit)
+            if sample.magnitude is None:
+                break
+            rest = weight - (weight @ basis) @ basis.T
+            before, factor = factor, (got * rest).sum(1) / (weight * rest).sum(1)
+            if bool(((factor - before).abs() <= 1e-9 * factor.abs()).all()):
+                break
         head, tail = float(energy[:limit].sum()), float(energy[limit:].sum())
         if tail <= max(noise, LOW_RANK_TAIL * head) and head > 10 * tail:
             left = energy.flip(0).cumsum(0).flip(0)
             return int((left > max(noise, LOW_RANK_TAIL * head)).sum())
     return None
+
+
+def _principal(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Squared singular values, the largest first, and the first right singular vectors (columns, count)."""
+    rows, columns = values.shape
+    if columns <= rows:
+        energy, vectors = torch.linalg.eigh(values.T @ values)
+        return energy.flip(0).clamp(min=0), vectors.flip(1)[:, :count]
+    energy, vectors = torch.linalg.eigh(values @ values.T)
+    basis = torch.linalg.qr(values.T @ vectors.flip(1)[:, :count])[0]
+    return energy.flip(0).clamp(min=0), basis

@@ -61,18 +61,18 @@ def spacing(values: Tensor, dtype: torch.dtype) -> Tensor:
     return (power * info.eps).clamp_(min=info.tiny * info.eps)
 
 
-def round_once(values: Tensor, dtype: torch.dtype) -> Tensor:
+def round_once(values: Tensor, dtype: torch.dtype, step: Tensor | None = None) -> Tensor:
     """float64 values rounded once to `dtype`, to nearest with ties to even, and still held in float64.
 
-    torch casts float64 to the 16-bit types through float32, which rounds twice, so it is no oracle.
+    torch casts float64 to the 16-bit types through float32, which rounds twice, so it is no oracle. step: their
+    spacing, where the caller has it.
     """
     if dtype == torch.float64:
         return values
-    step = spacing(values, dtype)
-    rounded = torch.round(values / step) * step
-    return torch.where(
-        rounded.abs() > torch.finfo(dtype).max, torch.copysign(rounded.new_tensor(torch.inf), rounded), rounded
-    )
+    step = spacing(values, dtype) if step is None else step
+    rounded = (values / step).round_().mul_(step)
+    fits = rounded.abs() <= torch.finfo(dtype).max
+    return rounded if bool(fits.all()) else torch.where(fits, rounded, values * torch.inf)
 
 
 def within(got: Tensor, exact: Tensor, error: Tensor | float, dtype: torch.dtype) -> Tensor:

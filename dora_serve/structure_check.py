@@ -139,7 +139,8 @@ def _absent(
     """The result for a planned tensor that the folder lacks."""
     modules = tuple(dict.fromkeys(edit.module for edit in tensor.loras))
     twin = None
-    if tensor.is_copy and tensor.name not in plan.untied and ties(merged.config) is not False:
+    tied = _may_be_tied(tensor.name, tensor.shape) and ties(merged.config) is not False
+    if tied and tensor.is_copy and tensor.name not in plan.untied:
         twin = next((name for name in found if _same_copy(tensor, plan.tensors[name])), None)
     if twin is not None:
         return TensorResult(tensor.name, None, modules, tensor.action, "tied", note=f"stored once, as {twin}")
@@ -149,7 +150,7 @@ def _absent(
 
 
 def _same_copy(first: TensorPlan, second: TensorPlan) -> bool:
-    if not (second.is_copy and first.shape == second.shape):
+    if not (second.is_copy and first.shape == second.shape and _may_be_tied(second.name, second.shape)):
         return False
     one, two = first.source, second.source
     return isinstance(one, TensorEntry) and isinstance(two, TensorEntry) and same_bytes(one, two)
@@ -157,14 +158,25 @@ def _same_copy(first: TensorPlan, second: TensorPlan) -> bool:
 
 def _extra(merged: ShardedCheckpoint, found: Mapping[str, TensorEntry], entry: TensorEntry) -> TensorResult:
     """The result for a tensor of the folder that the plan does not have."""
-    twin = next(
-        (name for name, other in found.items() if entry.shape == other.shape and same_bytes(entry, other)), None
-    )
+    twin = None
+    if _may_be_tied(entry.name, entry.shape):
+        alike = [name for name, other in found.items() if _may_be_tied(name, other.shape)]
+        twin = next((name for name in alike if same_bytes(entry, found[name])), None)
     if twin is not None and ties(merged.config) is not False:
         return TensorResult(entry.name, entry.name, (), "", "tied", note=f"equal to {twin}")
     if _is_buffer(entry.name, entry.shape):
         return TensorResult(entry.name, entry.name, (), "", "buffer")
     return TensorResult(entry.name, entry.name, (), "", "extra", note="not in the plan")
+
+
+def _may_be_tied(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether it could share its values with another: an embedding or a head, never a part of a numbered layer.
+
+    Equal bytes alone prove nothing: norms are all ones, biases all zeros.
+    """
+    if any(part.isdigit() for part in name.split(".")):
+        return False
+    return len(shape) > 1 or bool(re.search(r"(lm_head|predictions)\b.*bias$", name))
 
 
 def _is_buffer(name: str, shape: tuple[int, ...]) -> bool:

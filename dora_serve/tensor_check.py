@@ -84,13 +84,16 @@ def check_tensors(
             suspects.append(
                 Suspect(plan.tensors[name], entry, measured.result, measured.row_error, measured.row_outside)
             )
-    findings = diagnose(plan, suspects, structure.found, structure.absent, row_block_elements)
+    findings = diagnose(plan, suspects, structure.absent, row_block_elements)
     return TensorReport((*results, *structure.absent), (*structure.findings, *findings), structure.notes)
 
 
 @dataclass(frozen=True)
 class _Measured:
-    """row_error (rows,): squared error of each row of the tensor's matrix; row_outside: elements that are wrong."""
+    """row_error (rows,): squared error of each row of the tensor's matrix; row_outside: elements that are wrong.
+
+    Of an error, half a spacing is the rounding that any stored value has, and only the rest is counted.
+    """
 
     result: TensorResult
     row_error: Tensor = field(default_factory=lambda: torch.zeros(0))
@@ -216,18 +219,24 @@ def _compare_rows(
     reference: Reference, dtype: torch.dtype, start: int, stop: int, got: Tensor, sums: _Sums, *, adapted: bool
 ) -> None:
     exact = exact_rows(reference, start, stop)
+    if not exact.numel():
+        return
+    step = spacing(exact, dtype)
+    rounded = round_once(exact, dtype, step)
+    error = (got - exact).abs_()
+    sums.row_norm[start:stop] = exact.square().sum(dim=1)
+    if bool((got == rounded).all()) and bool(torch.isfinite(got).all()):
+        sums.largest = max(sums.largest, float((error / step).max()))
+        return
     # What the base itself stores as infinite (a causal mask, say) may be copied; what is computed must be finite.
     broken = ~torch.isfinite(got)
     if not adapted:
         broken &= got != exact
-    error = torch.where(broken | (got == exact), 0.0, got - exact)
-    sums.row_error[start:stop] = error.square().sum(dim=1)
+    error = torch.where(broken | (got == exact), 0.0, error)
+    sums.largest = max(sums.largest, float((error / step).nan_to_num(nan=math.inf).max()))
+    sums.row_error[start:stop] = (error - step / 2).nan_to_num(nan=0.0, posinf=0.0).clamp_(min=0).square().sum(dim=1)
     sums.row_norm[start:stop] = torch.where(torch.isfinite(exact), exact, 0.0).square().sum(dim=1)
-    if error.numel():
-        sums.largest = max(sums.largest, float((error.abs() / spacing(exact, dtype)).nan_to_num(nan=math.inf).max()))
-    suspicious = broken | (got != round_once(exact, dtype))
-    if not bool(suspicious.any()):
-        return
+    suspicious = broken | (got != rounded)
     bound = error_rows(reference, start, stop, FLOAT32)
     # The judge's own error and that of the merge, which are both of float64.
     differs = broken | (suspicious & ~within(got, exact, bound * (2 * FLOAT64.unit / FLOAT32.unit), dtype))

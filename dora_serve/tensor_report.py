@@ -26,7 +26,10 @@ class NormCheck:
 
 @dataclass(frozen=True)
 class ModuleError:
-    """Sums of squares over the part of a tensor that one module's update covers (all of it where none does)."""
+    """Sums of squares over the part of a tensor that one module's update covers (all of it where none does).
+
+    squared_error: of |got - exact| beyond half a spacing, which is the rounding that any stored value has.
+    """
 
     module: str
     tensor: str

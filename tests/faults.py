@@ -198,6 +198,7 @@ WORLDS: Mapping[str, Callable[[Path], World]] = {
     "dora-fp32": lambda root: llama(root, "dora-fp32", torch.float32, use_dora=True),
     "dora-fp16": lambda root: llama(root, "dora-fp16", torch.float16, use_dora=True, use_rslora=True),
     "lora": lambda root: llama(root, "lora", torch.bfloat16),
+    "grouped": lambda root: llama(root, "grouped", torch.bfloat16, use_dora=True, sizes={"num_key_value_heads": 2}),
     "lora-fp32": lambda root: llama(root, "lora-fp32", torch.float32),
     "gpt2": _gpt2,
     "qwen2": _qwen2,
@@ -649,11 +650,16 @@ UNREADABLE = "CheckpointError"
 
 @dataclass(frozen=True)
 class Fault:
-    """kind: the slug that must be among the findings. worlds: where it can be planted."""
+    """kind: the slug of the finding it must give. worlds: where it can be planted.
+
+    part: in the names of all modules that the finding may name. besides: what else is wrong with it.
+    """
 
     kind: str
     worlds: tuple[str, ...]
     write: Callable[[World, Path], None]
+    part: str = ""
+    besides: tuple[str, ...] = ()
 
 
 _DORA = ("dora", "dora-fp32", "dora-fp16", "gpt2")
@@ -701,13 +707,18 @@ FAULTS: Mapping[str, Fault] = {
     "scaling left out of the norm": Fault(
         "norm-scaling", _DORA, formula(lambda m: m.m * m.direction / norm(m.weight + m.delta))
     ),
-    "one layer left out": Fault("left-out", ("dora", "lora", "dora-fp32"), _from_base(["1.mlp.up_proj"])),
-    "some rows left out": Fault("left-out", ("dora", "lora"), _some_rows_left_out),
-    "one layer twice": Fault("merged-twice", ("dora", "lora", "dora-fp32"), formula(_twice, "0.self_attn.v_proj")),
+    "one layer left out": Fault(
+        "left-out", ("dora", "lora", "dora-fp32"), _from_base(["1.mlp.up_proj"]), "1.mlp.up_proj"
+    ),
+    "some rows left out": Fault("left-out", ("dora", "lora"), _some_rows_left_out, "up_proj"),
+    "one layer twice": Fault(
+        "merged-twice", ("dora", "lora", "dora-fp32"), formula(_twice, "0.self_attn.v_proj"), "0.self_attn.v_proj"
+    ),
     "all merged twice": Fault("merged-twice", ("dora", "lora", "dora-fp32", "gpt2"), _peft_twice),
+    "q and k of other sizes swapped": Fault("swapped", ("grouped",), _swap("q_proj", "k_proj")),
     "q and k swapped": Fault("swapped", _LLAMA, _swap("q_proj", "k_proj")),
     "layers swapped": Fault("swapped", ("dora", "gpt2"), _swap(".0.", ".1.")),
-    "update of another layer": Fault("adapter-of-other", _LLAMA, _other_layers_adapter),
+    "update of another layer": Fault("adapter-of-other", _LLAMA, _other_layers_adapter, "v_proj"),
     "B A transposed": Fault(
         "delta-transposed",
         _LLAMA,
@@ -716,7 +727,9 @@ FAULTS: Mapping[str, Fault] = {
             "q_proj",
         ),
     ),
-    "stored transposed": Fault("tensor-transposed", _LLAMA, _each("o_proj", lambda tensor: tensor.T.contiguous())),
+    "stored transposed": Fault(
+        "tensor-transposed", _LLAMA, _each("o_proj", lambda tensor: tensor.T.contiguous()), "o_proj"
+    ),
     "another epoch": Fault("another-adapter", ("dora", "lora", "dora-fp32", "lora-fp32"), _other_epoch),
     "another adapter": Fault("another-adapter", ("dora", "lora"), _other_adapter),
     "another base": Fault("another-base", ("dora", "lora", "gpt2"), _other_base),
@@ -728,14 +741,14 @@ FAULTS: Mapping[str, Fault] = {
     "through bfloat16": Fault("cast-twice", ("dora-fp32",), _through_bfloat16),
     "cut off": Fault("truncated", ("dora", "lora"), _cut_off),
     "quantized": Fault("unexplained", _LLAMA, _noisy),
-    "a NaN": Fault("non-finite", _LLAMA, _value("up_proj", math.nan)),
-    "an infinity": Fault("non-finite", ("dora", "dora-fp16"), _value("k_proj", math.inf)),
-    "a NaN in an unadapted tensor": Fault("non-finite", _LLAMA, _value("embed_tokens", math.nan)),
-    "a bit in an unadapted tensor": Fault("flipped", _LLAMA, _flipped("embed_tokens", 0)),
+    "a NaN": Fault("non-finite", _LLAMA, _value("up_proj", math.nan), "up_proj"),
+    "an infinity": Fault("non-finite", ("dora", "dora-fp16"), _value("k_proj", math.inf), "k_proj"),
+    "a NaN in an unadapted tensor": Fault("non-finite", _LLAMA, _value("embed_tokens", math.nan), "embed_tokens"),
+    "a bit in an unadapted tensor": Fault("flipped", _LLAMA, _flipped("embed_tokens", 0), "embed_tokens"),
     "a bit in an adapted tensor": Fault("flipped", _LLAMA, _flipped("down_proj", 3)),
     "a sign in a norm": Fault("flipped", ("dora",), _flipped("model.norm", 15)),
     "a wrong element": Fault("flipped", ("dora", "dora-fp32"), _value("gate_proj", 0.25)),
-    "zeros": Fault("zeroed", _LLAMA, _each("0.mlp.down_proj", torch.zeros_like)),
+    "zeros": Fault("zeroed", _LLAMA, _each("0.mlp.down_proj", torch.zeros_like), "0.mlp.down_proj"),
     "zeros in an unadapted tensor": Fault("zeroed", ("dora",), _each("lm_head", torch.zeros_like)),
     "an unadapted tensor scaled": Fault(
         "unadapted-changed", ("dora",), _each("model.norm", lambda tensor: tensor * 1.5)
@@ -749,10 +762,11 @@ FAULTS: Mapping[str, Fault] = {
     "experts in another order": Fault("adapter-of-other", ("experts",), _experts_turned),
     "experts' B packed otherwise": Fault("expert-packing", ("experts",), _wrong_packing),
     "a tensor missing": Fault("missing-tensor", _LLAMA, _without("k_proj")),
+    "a norm missing": Fault("missing-tensor", ("dora",), _without("1.input_layernorm"), "1.input_layernorm"),
     "a tensor more": Fault("extra-tensor", ("dora",), tensors_changed(_with_more)),
     "a vocabulary cut": Fault("wrong-shape", ("dora",), _each("embed_tokens", lambda tensor: tensor[:90])),
     "whole numbers": Fault("wrong-dtype", ("dora",), _each("model.norm", lambda tensor: tensor.to(torch.int8))),
-    "tied head not untied": Fault("tied-head", ("tied",), _peft_tied),
+    "tied head not untied": Fault("tied-head", ("tied",), _peft_tied, besides=("cast-twice",)),
     "says tied, is not": Fault("config", ("dora",), _says_tied),
     "truncated shard": Fault(UNREADABLE, ("dora",), _cut_shard),
     "stale index": Fault(UNREADABLE, ("dora",), _stale_index),
