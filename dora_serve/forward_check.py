@@ -1,0 +1,582 @@
+"""The forward check: a merged folder, loaded as its user would load it, against the unmerged model.
+
+The measure is the unmerged model U in a dtype wider than the deployed one: float32 for bfloat16 and float16, float64
+for float32. Run on the same inputs and compared with U's logits, by root mean square and by mean KL divergence:
+
+    base            in the wider dtype      the adapter's effect
+    unmerged        in the deployed dtype   what computing in that dtype costs a model that is right
+    rounded         in the wider dtype      the formula's weights rounded once: what storing them costs (16 bits only)
+    merged folder   in the wider dtype      allowed: ROUNDED_FACTOR x rounded; with float32 weights COMPUTED_FACTOR x
+                                            unmerged, for there the merge itself was computed in the deployed dtype
+    merged folder   in the deployed dtype   allowed: COMPUTED_FACTOR x unmerged
+
+KL grows with the square of a difference of logits, so its factors are squared. No tolerance is below what rounding the
+logits once would cost (eps / 4 of their root mean square), so that an exact model raises no alarm.
+
+The factors were measured, as ratios to what is allowed before its factor. Clean merges, by PEFT 0.21.2, of LoRA and
+DoRA, on 20 families of tiny random models: merged in float32 arithmetic into 16 bits, in the wider dtype 0.98 - 1.03; a
+delta rounded and then added 0.77 - 1.47; all of the merge in 16 bits 0.92 - 2.42; float32, in the wider dtype 0.01 -
+0.71; in the deployed dtype 0.39 - 1.82 (the extremes are routers that flip). Faults, in the wider dtype: on the tiny
+models 17 and more for a doubled scale, a dropped magnitude or a layer left out; on SmolLM2-135M with a trained DoRA of
+rank 4 (clean: 1.0) 55 for a doubled scale, 8 for dropped magnitudes, 7 for a scale of 1.1, 2.8 - 14 for one layer of 30
+left out. One module of 210 left out has 1.3 - 4: whether one matrix is right is for the check of every tensor to say.
+
+Greedy continuations are U's. A model that agrees up to a token has seen the same prefix, so one forward over prompt and
+continuation shows the first difference, without generating anew.
+
+Peak memory: one model in the wider dtype (float32: twice the bytes of a bfloat16 checkpoint; with adapted experts, one
+layer's more) and U's logits, positions x classes in the wider dtype; models are loaded one after the other.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import math
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from dora_serve.adapter import Adapter
+from dora_serve.checkpoint import open_checkpoint, read_json
+from dora_serve.comparison import Comparison, Tolerance, compare, dtype_name, scale_of
+from dora_serve.errors import CheckpointError, DoraServeError, PlanError, UnavailableError
+from dora_serve.progress import OnProgress, Progress, ignore_progress
+from dora_serve.prompts import Sample, make_samples, read_prompts
+from dora_serve.reference import Attached, attach_adapter
+
+ROUNDED_FACTOR = 2.5
+COMPUTED_FACTOR = 3.0
+_RUNNABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class ForwardOptions:
+    """reference: whose unmerged forward is the measure, ours (reference.py) or PEFT's own. prompts: a file of them,
+    None for the built-in ones. device: None for the GPU where there is one. greedy_tokens: how many tokens the
+    unmerged model goes on for, greedily, after each prompt; all models are compared on them as well.
+    """
+
+    reference: Literal["native", "peft"] = "native"
+    prompts: Path | None = None
+    device: str | None = None
+    greedy_tokens: int = 16
+
+
+@dataclass(frozen=True)
+class ForwardReport:
+    """What the forward check found.
+
+    ran: whether both models were run; if not, `reason` says why, and `failures` is empty where the merged folder is
+    not what stopped it. All comparisons are with the unmerged model in the wider dtype: base, whose difference is the
+    adapter's effect; rounded, the formula's weights rounded to the deployed dtype and run in the wider one;
+    unmerged_deployed, the unmerged model run in the deployed dtype; merged_wide and merged_deployed, the folder. A
+    comparison is None where it was not made. changes_nothing: the effect is within what computing in the deployed
+    dtype costs.
+    unmerged_logits (positions, classes) in the wider dtype on the CPU, and samples: one of each for every prompt, the
+    continuation included; not part of the JSON.
+    """
+
+    ran: bool
+    reason: str | None = None
+    failures: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    reference: str = "native"
+    device: str = "cpu"
+    architecture: str | None = None
+    wide_dtype: str | None = None
+    deployed_dtype: str | None = None
+    inputs: str | None = None
+    positions: int = 0
+    perplexity: float | None = None
+    base: Comparison | None = None
+    rounded: Comparison | None = None
+    unmerged_deployed: Comparison | None = None
+    merged_wide: Comparison | None = None
+    merged_deployed: Comparison | None = None
+    tolerance_wide: Tolerance | None = None
+    tolerance_deployed: Tolerance | None = None
+    changes_nothing: bool = False
+    unmerged_logits: tuple[Tensor, ...] = field(default=(), repr=False, compare=False)
+    samples: tuple[Sample, ...] = field(default=(), repr=False, compare=False)
+
+    @property
+    def passed(self) -> bool:
+        """Whether the models were run and agree."""
+        return self.ran and not self.failures
+
+    @property
+    def allowed_rms(self) -> float | None:
+        """What is allowed of the merged model in the wider dtype, the stricter of the two; None if it was not run."""
+        return self.tolerance_wide.rms if self.tolerance_wide else None
+
+    @property
+    def allowed_kl(self) -> float | None:
+        """The same for the KL divergence."""
+        return self.tolerance_wide.kl if self.tolerance_wide else None
+
+    @property
+    def token_ids(self) -> tuple[Tensor, ...]:
+        """(positions,) of each sample: prompt and greedy continuation; empty for models of no tokens."""
+        return tuple(sample.token_ids for sample in self.samples)
+
+    def to_json(self) -> dict[str, object]:
+        """Plain values; a number that is not finite becomes None."""
+        hidden = {"unmerged_logits", "samples"}
+        shown = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in hidden}
+        return {"passed": self.passed, **{name: _plain(value) for name, value in shown.items()}}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Comparison | Tolerance):
+        return _plain(asdict(value))
+    if isinstance(value, dict):
+        return {key: _plain(one) for key, one in value.items()}
+    if isinstance(value, tuple):
+        return [_plain(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class _CannotRun(Exception):
+    """Why a model cannot be run, as a sentence."""
+
+
+class _MergedCannotRun(_CannotRun):
+    """The merged folder cannot be run, where the base can: a failure."""
+
+
+class _OutOfMemory(_CannotRun):
+    """The device is too small, which says nothing of the model."""
+
+
+def check_forward(
+    base_folder: Path,
+    adapter: Adapter,
+    merged_folder: Path,
+    options: ForwardOptions | None = None,
+    *,
+    on_progress: OnProgress = ignore_progress,
+) -> ForwardReport:
+    """Compare the merged folder with the unmerged model on the same inputs.
+
+    Raises DoraServeError for prompts that cannot be read, UnavailableError without transformers (or PEFT, where it is
+    asked for); everything else that stops it is in the report.
+    """
+    options = options or ForwardOptions()
+    _require("transformers", "verify")
+    if options.reference == "peft":
+        _require("peft", "peft")
+    prompts = read_prompts(options.prompts) if options.prompts is not None else None
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    check = _Check(base_folder, adapter, merged_folder, options, prompts, device, on_progress)
+    with _quiet(), _full_precision(), torch.inference_mode():
+        return check.run()
+
+
+def _require(package: str, extra: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise UnavailableError(
+            f"The forward check needs {package}, which is not installed.",
+            remedy=f"Run `pip install 'dora-serve[{extra}]'`.",
+            package=package,
+        )
+
+
+@dataclass
+class _Check:
+    """One run of check_forward: what is given, and what the runs leave for the later ones."""
+
+    base_folder: Path
+    adapter: Adapter
+    merged_folder: Path
+    options: ForwardOptions
+    prompts: tuple[str, ...] | None
+    device: str
+    on_progress: OnProgress
+    architecture: str = ""
+    causal: bool = False
+    inputs: str = ""
+    samples: list[Sample] = field(default_factory=list)
+    unmerged: list[Tensor] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    done: int = 0
+    runs_planned: int = 6
+    total: int = 0
+
+    def run(self) -> ForwardReport:
+        try:
+            deployed = _deployed_dtype(self.merged_folder, self._find_architecture())
+        except _MergedCannotRun as stop:
+            return self._stopped(str(stop), [str(stop)])
+        except _CannotRun as stop:
+            return self._stopped(str(stop))
+        narrow = deployed in (torch.bfloat16, torch.float16)
+        wide = torch.float32 if narrow else torch.float64
+        self.runs_planned = 6 if narrow else 5
+        merged: dict[torch.dtype, Comparison] = {}
+        failures: list[str] = []
+        try:
+            base, rounded = self._unmerged_wide(wide, deployed if narrow else None)
+            # A float64 model computes parts of itself in float32 (norms, rotary embeddings): no finer measure exists.
+            unmerged_deployed = self._unmerged_deployed(deployed if narrow else torch.float32)
+            tolerances = self._tolerances(wide, deployed, rounded, unmerged_deployed)
+            for dtype, tolerance in tolerances.items():
+                merged[dtype] = self._merged(dtype)
+                failures += tolerance.judge(merged[dtype], dtype)
+        except _MergedCannotRun as stop:
+            failures.append(str(stop))
+        except _CannotRun as stop:
+            return self._stopped(str(stop))
+        nothing = base is not None and base.rms <= unmerged_deployed.rms
+        if base is not None and nothing:
+            self.notes.append(
+                f"The adapter changes nothing that can be seen: it moves the logits by {base.rms:.2g} (root mean "
+                f"square), where computing in {dtype_name(deployed)} moves them by {unmerged_deployed.rms:.2g}."
+            )
+        return ForwardReport(
+            ran=True,
+            failures=tuple(failures),
+            notes=tuple(self.notes),
+            reference=self.options.reference,
+            device=self.device,
+            architecture=self.architecture,
+            wide_dtype=dtype_name(wide),
+            deployed_dtype=dtype_name(deployed),
+            inputs=self.inputs,
+            positions=sum(len(logits) for logits in self.unmerged),
+            perplexity=self._perplexity(),
+            base=base,
+            unmerged_deployed=unmerged_deployed,
+            merged_wide=merged.get(wide),
+            merged_deployed=merged.get(deployed),
+            rounded=rounded,
+            tolerance_wide=tolerances.get(wide),
+            tolerance_deployed=tolerances.get(deployed),
+            changes_nothing=nothing,
+            unmerged_logits=tuple(self.unmerged),
+            samples=tuple(self.samples),
+        )
+
+    def _perplexity(self) -> float | None:
+        itself = ((sample, logits, logits) for sample, logits in zip(self.samples, self.unmerged, strict=True))
+        return compare(itself, causal=self.causal).perplexity
+
+    def _stopped(self, reason: str, failures: Sequence[str] = ()) -> ForwardReport:
+        return ForwardReport(
+            ran=False,
+            reason=reason,
+            failures=tuple(failures),
+            notes=tuple(self.notes),
+            reference=self.options.reference,
+            device=self.device,
+            architecture=self.architecture or None,
+        )
+
+    def _find_architecture(self) -> Mapping[str, object]:
+        """The class of both models, into self; returns the merged folder's configuration."""
+        import transformers
+
+        base = _config(self.base_folder)
+        try:
+            merged = _config(self.merged_folder)
+        except _CannotRun as stop:
+            raise _MergedCannotRun(str(stop)) from stop
+        named = merged.get("architectures") or base.get("architectures")
+        if not isinstance(named, list) or not named:
+            raise _CannotRun(f"The config.json of {str(self.merged_folder)!r} names no architecture.")
+        self.architecture = str(named[0])
+        known = getattr(transformers, self.architecture, None)
+        if not (isinstance(known, type) and issubclass(known, transformers.PreTrainedModel)):
+            raise _CannotRun(
+                f"{self.architecture} is no architecture of transformers {transformers.__version__}, and code that "
+                "comes with a model is not run."
+            )
+        return merged
+
+    def _unmerged_wide(
+        self, wide: torch.dtype, rounded_to: torch.dtype | None
+    ) -> tuple[Comparison | None, Comparison | None]:
+        """Inputs, continuations and logits of the unmerged model, into self.
+
+        Returns what differs from them when the adapter is left out, and when the formula's weights are rounded_to.
+        """
+        with ExitStack() as stack:
+            model, attached = self._attach(stack, wide)
+            with _as_cannot_run(f"{self.architecture} does not run"):
+                made = make_samples(model, self.base_folder, self.prompts, _trained_tokens(self.adapter))
+            self.inputs = made.description
+            self.notes += made.notes
+            self.causal = any(sample.grows == "input_ids" for sample in made.samples)
+            self.total = self.runs_planned * len(made.samples)
+            with _as_cannot_run(f"{self.architecture} does not run on {made.description}"):
+                for sample in made.samples:
+                    tokens = _greedy(model, sample, self.options.greedy_tokens)
+                    self.samples.append(sample.continued(tokens))
+                    self.unmerged.append(_logits(model, self.samples[-1]).cpu())
+                    self._tick()
+            if attached is not None and attached.uncalled:
+                self.notes.append(_uncalled(attached))
+        if not all(bool(torch.isfinite(logits).all()) for logits in self.unmerged):
+            raise _CannotRun(f"The unmerged model's own logits are not finite in {dtype_name(wide)}.")
+        if self.options.reference == "peft":
+            del model
+            model = self._load(self.base_folder, wide)  # PEFT does not undo everything that it loads
+        return self._base(model), self._rounded(model, rounded_to) if rounded_to is not None else None
+
+    def _base(self, model: Any) -> Comparison | None:
+        try:
+            return self._compare_model(model, "The base model does not run on these inputs")
+        except _OutOfMemory:
+            raise
+        except _CannotRun as stop:
+            self.notes.append(f"The adapter's effect was not measured: {stop}")
+            return None
+
+    def _rounded(self, model: Any, dtype: torch.dtype) -> Comparison | None:
+        try:
+            with attach_adapter(model, self.adapter, rounded_to=dtype):
+                return self._compare_model(model, f"{self.architecture} does not run")
+        except PlanError as error:  # PEFT may read what reference.py does not
+            self.notes.append(f"What rounding the weights costs was not measured: {error.message}")
+            return None
+
+    def _unmerged_deployed(self, dtype: torch.dtype) -> Comparison:
+        with ExitStack() as stack:
+            model, _ = self._attach(stack, dtype)
+            return self._compare_model(model, f"{self.architecture} does not run in {dtype_name(dtype)}")
+
+    def _tolerances(
+        self, wide: torch.dtype, deployed: torch.dtype, rounded: Comparison | None, computed: Comparison
+    ) -> dict[torch.dtype, Tolerance]:
+        """By the dtype in which the merged model is run. See the module's docstring."""
+        scale, name = scale_of(self.unmerged), dtype_name(deployed)
+        tolerances = {}
+        if computed.is_finite:
+            why = f"computing in {name} costs the unmerged model"
+            by_computing = Tolerance.of(computed, COMPUTED_FACTOR, scale, torch.finfo(deployed).eps, why)
+            tolerances = {wide: by_computing, deployed: by_computing}
+        else:
+            self.notes.append(
+                f"The unmerged model overflows in {name}, and so may the merged one: it was judged in "
+                f"{dtype_name(wide)} only."
+            )
+        if rounded is not None:
+            why = f"rounding its weights once to {name} costs a model that is right"
+            tolerances[wide] = Tolerance.of(rounded, ROUNDED_FACTOR, scale, torch.finfo(wide).eps, why)
+        if not tolerances:
+            raise _CannotRun("No tolerance can be measured: " + " ".join(self.notes[-2:]))
+        return tolerances
+
+    def _merged(self, dtype: torch.dtype) -> Comparison:
+        try:
+            model = self._load(self.merged_folder, dtype)
+            return self._compare_model(model, f"The merged model {str(self.merged_folder)!r} does not run")
+        except _OutOfMemory:
+            raise
+        except _CannotRun as stop:
+            raise _MergedCannotRun(str(stop)) from stop
+
+    def _attach(self, stack: ExitStack, dtype: torch.dtype) -> tuple[Any, Attached | None]:
+        """The unmerged model, for as long as `stack` is open; the base alone after that, unless it is PEFT's."""
+        model = self._load(self.base_folder, dtype)
+        if self.options.reference == "peft":
+            from peft import PeftModel
+
+            with _as_cannot_run(f"PEFT cannot load the adapter {str(self.adapter.path)!r}"):
+                wrapped = PeftModel.from_pretrained(model, str(self.adapter.path))
+                return wrapped.get_base_model().eval(), None
+        try:
+            return model, stack.enter_context(attach_adapter(model, self.adapter))
+        except PlanError as error:
+            raise _CannotRun(f"The unmerged forward cannot be computed: {error}") from error
+
+    def _load(self, folder: Path, dtype: torch.dtype) -> Any:
+        """A model as its user would load it, in eval mode and on the device. The one before it is gone by now."""
+        import transformers
+
+        gc.collect()
+        if self.device.startswith("cuda"):
+            torch.cuda.empty_cache()
+        with _as_cannot_run(f"transformers cannot load {str(folder)!r} as {self.architecture}"):
+            model, info = getattr(transformers, self.architecture).from_pretrained(
+                folder,
+                dtype=dtype,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+            if dtype == torch.float64 and hasattr(model, "set_experts_implementation"):
+                model.set_experts_implementation("eager")  # the grouped product has no float64
+            model = model.to(self.device).eval()
+        missing = sorted(info["missing_keys"])
+        if folder == self.base_folder:
+            brought = {change.name for change in self.adapter.replacements}
+            missing = [name for name in missing if name not in brought]
+        if missing:
+            shown = f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}"
+            raise _CannotRun(
+                f"{str(folder)!r} lacks {shown}, which {self.architecture} needs: transformers would make random "
+                "numbers of it."
+            )
+        return model
+
+    def _compare_model(self, model: Any, failing: str) -> Comparison:
+        def runs() -> Iterator[tuple[Sample, Tensor, Tensor]]:
+            for sample, unmerged in zip(self.samples, self.unmerged, strict=True):
+                yield sample, unmerged, _logits(model, sample)
+                self._tick()
+
+        with _as_cannot_run(failing):
+            return compare(runs(), causal=self.causal)
+
+    def _tick(self) -> None:
+        self.done += 1
+        self.on_progress(Progress("Comparing the forward", self.done, self.total, "forwards"))
+
+
+def _config(folder: Path) -> Mapping[str, object]:
+    try:
+        config = read_json(folder)
+    except CheckpointError as error:
+        raise _CannotRun(str(error)) from error
+    if not config:
+        raise _CannotRun(f"{str(folder)!r} has no config.json, so transformers cannot load it.")
+    return config
+
+
+def _deployed_dtype(folder: Path, config: Mapping[str, object]) -> torch.dtype:
+    """The dtype that from_pretrained takes by itself: the configuration's, else that of most of the weights."""
+    text_config = config.get("text_config")
+    for table in (config, text_config if isinstance(text_config, dict) else {}):
+        dtype = getattr(torch, str(table.get("dtype") or table.get("torch_dtype")), None)
+        if isinstance(dtype, torch.dtype) and dtype in _RUNNABLE:
+            return dtype
+    try:
+        tensors = open_checkpoint(folder).tensors.values()
+    except CheckpointError as error:
+        raise _MergedCannotRun(str(error)) from error
+    sizes = {dtype: sum(entry.nbytes for entry in tensors if entry.dtype == dtype) for dtype in _RUNNABLE}
+    return max(sizes, key=lambda dtype: sizes[dtype])
+
+
+def _trained_tokens(adapter: Adapter) -> list[int]:
+    return sorted({index for rows in adapter.token_rows for index in rows.indices})
+
+
+def _uncalled(attached: Attached) -> str:
+    count, names = len(attached.uncalled), attached.uncalled[:3]
+    return (
+        f"{count} of {len(attached.modules)} adapted modules did not run on these inputs, so the forward says nothing "
+        f"of them: {', '.join(names)}{', ...' if count > len(names) else ''}."
+    )
+
+
+def _call(model: Any, inputs: Mapping[str, Tensor], **options: Any) -> Any:
+    moved = {
+        name: value.to(device=model.device, dtype=model.dtype if value.is_floating_point() else None)
+        for name, value in inputs.items()
+    }
+    return model(**moved, **options)
+
+
+def _logits(model: Any, sample: Sample) -> Tensor:
+    """(positions, classes): token or class logits, or the last hidden state of a model without a head."""
+    output = _call(model, sample.inputs)
+    for name in ("logits", "logits_per_image", "last_hidden_state"):
+        value = getattr(output, name, None)
+        if isinstance(value, Tensor):
+            return value.flatten(0, -2)
+    floating = [value for value in output.to_tuple() if isinstance(value, Tensor) and value.is_floating_point()]
+    if len(floating) > 1 and floating[0].shape == floating[1].shape:
+        return torch.stack(floating[:2]).flatten(0, -2)  # the start and end of an answer
+    if not floating:
+        raise ValueError("its output holds no tensor")
+    return floating[0].flatten(0, -2)
+
+
+def _greedy(model: Any, sample: Sample, count: int) -> list[int]:
+    """Tokens that the model goes on with, the most likely one each time, up to and with an end token."""
+    if sample.grows is None:
+        return []
+    ends = _end_tokens(model)
+    tokens: list[int] = []
+    output = _call(model, sample.inputs, use_cache=True)
+    while len(tokens) < count:
+        tokens.append(int(output.logits[0, -1].argmax()))
+        if tokens[-1] in ends or len(tokens) == count:
+            break
+        cache = getattr(output, "past_key_values", None)
+        if cache is None:
+            output = _call(model, sample.continued(tokens).inputs)
+            continue
+        step = dict(sample.continued(tokens).inputs)
+        step[sample.grows] = step[sample.grows][:, -1:]
+        output = _call(model, step, past_key_values=cache, use_cache=True)
+    return tokens
+
+
+def _end_tokens(model: Any) -> set[int]:
+    ends: set[int] = set()
+    for owner in (getattr(model, "generation_config", None), model.config):
+        value = getattr(owner, "eos_token_id", None)
+        ends.update(value if isinstance(value, list) else [] if value is None else [value])
+    return ends
+
+
+@contextmanager
+def _as_cannot_run(what: str) -> Iterator[None]:
+    """Turn whatever other people's code raises into a reason. Errors of ours for the user pass."""
+    try:
+        yield
+    except (DoraServeError, _CannotRun):
+        raise
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise _OutOfMemory(
+            f"{what}: the device has too little memory; another one can be named (--device cpu)."
+        ) from error
+    except Exception as error:
+        first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+        raise _CannotRun(f"{what}: {type(error).__name__}: {first[:300]}") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers' warnings and progress bars off the terminal, and Python's warnings with them."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """float32 means float32: convolutions on a GPU would round their inputs to TF32's ten bits."""
+    settings: tuple[Any, ...] = (
+        torch.backends.cuda.matmul,
+        torch.backends.cudnn.conv,  # type: ignore[attr-defined]
+        torch.backends.cudnn.rnn,
+    )
+    before = [setting.fp32_precision for setting in settings]
+    for setting in settings:
+        setting.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        for setting, value in zip(settings, before, strict=True):
+            setting.fp32_precision = value
