@@ -155,7 +155,7 @@ def _diagnose_region(search: Search, suspect: Suspect, reference: Reference, upd
     if best is None and _are_few(outside, region.width):
         return _damage(suspect, reference, module, outside, region.start)
     if found is None or not found[1].outright:
-        best = magnitude_candidate(search.plan, sample, outright=found is not None) or best
+        best = magnitude_candidate(search.plan, sample, found[1] if found else None) or best
     if best is None and within_stepwise_rounding(sample):
         share = float(outside.sum()) / (len(outside) * region.width)
         text = (

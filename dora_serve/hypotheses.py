@@ -38,6 +38,9 @@ COARSE_SHARE = 0.25
 """It explains it with further rounding if the rest is at most two half spacings (root mean square; one rounding leaves
 0.58, rounding every step 1.2) and at most a quarter of the squared error."""
 
+ESTIMATE_SIGMAS = 4.0
+"""What is estimated from a sample may be off by so many standard deviations, those of rounding the sample."""
+
 LOW_RANK_TAIL = 1e-4
 NOISE_SLACK = 6.0
 MOST_TURNS = 60
@@ -45,11 +48,15 @@ MOST_TURNS = 60
 
 @dataclass(frozen=True)
 class Candidate:
-    """A mistake. kind: its slug; text: what happened, as a clause; values: what it would have written (out, in)."""
+    """A mistake. kind: its slug; text: what happened, as a clause; values: what it would have written (out, in).
+
+    slack: how far off these may be because a number in them was itself estimated from the sample.
+    """
 
     kind: str
     text: str
     values: Callable[[], Tensor]
+    slack: Tensor | float = 0.0
 
 
 @dataclass(frozen=True)
@@ -195,13 +202,15 @@ class Fit:
         return not self.outright, self.left_over
 
 
-def fit(got: Tensor, values: Tensor, exact: Tensor, error: Tensor, dtype: torch.dtype) -> Fit | None:
+def fit(
+    got: Tensor, values: Tensor, exact: Tensor, error: Tensor, dtype: torch.dtype, estimate: Tensor | float = 0.0
+) -> Fit | None:
     """Judge one candidate's values; None where they do not explain what was got. All (rows, columns)."""
     if not bool(torch.isfinite(values).all()):
         return None
     # The bound on float32 arithmetic was made for the exact values: it grows and shrinks with them.
     size = torch.linalg.vector_norm(values, dim=1, keepdim=True) / torch.linalg.vector_norm(exact, dim=1, keepdim=True)
-    slack = 2 * error * torch.nan_to_num(size, nan=1.0, posinf=1.0)
+    slack = 2 * error * torch.nan_to_num(size, nan=1.0, posinf=1.0) + estimate
     left_over = float((got - values).square().mean())
     if float(within(got, values, slack, dtype).double().mean()) >= STRICT_SHARE:
         return Fit(True, left_over)
@@ -219,7 +228,7 @@ def best_of(
     """The candidate that explains the sample best, and how well; the first of those that do it alike."""
     best: tuple[Candidate, Fit] | None = None
     for candidate in candidates:
-        judged = fit(got, candidate.values(), exact, error, dtype)
+        judged = fit(got, candidate.values(), exact, error, dtype, candidate.slack)
         if judged is not None and (best is None or _clearly_better(judged.key, best[1].key)):
             best = candidate, judged
     return best
@@ -278,7 +287,8 @@ def scale_candidate(sample: Sample) -> Iterator[Candidate]:
         return
     scale = float(((sample.got - sample.weight) * sample.delta).sum()) / size
     text = f"the scaling is {scale:.4g}, wanted {own:.6g} ({scale / own:.4g} times as much)"
-    yield Candidate("scaling", text, lambda: sample.merged(scale))
+    off = ESTIMATE_SIGMAS * math.sqrt(float((spacing(sample.got, sample.dtype).square() / 12).mean()) / size)
+    yield Candidate("scaling", text, lambda: sample.merged(scale), off * sample.delta.abs())
 
 
 def _twice(sample: Sample) -> Tensor:
@@ -461,14 +471,14 @@ class Magnitudes:
     """What a DoRA sample was scaled by, its direction being right but for the scaling of B A.
 
     scaling: of B A; magnitude (out here,): norm of each output; tolerance: its relative error, from rounding; values:
-    of the fit; outright: whether they are what is stored, rounded once.
+    of the fit; left_over: as in Fit.
     """
 
     scaling: float
     magnitude: Tensor
     tolerance: float
     values: Tensor
-    outright: bool
+    left_over: float
 
 
 def fit_magnitudes(sample: Sample) -> Magnitudes | None:
@@ -484,17 +494,21 @@ def fit_magnitudes(sample: Sample) -> Magnitudes | None:
     of_delta = (gd * ww - gw * wd)[usable] / determinant[usable]
     weights = dd[usable]
     fitted = float((of_delta * of_weight * weights).sum() / (of_weight.square() * weights).sum())
-    for scaling in (sample.scaling, fitted):
+    rounding = float((spacing(got, sample.dtype).square() / 12).mean())
+    own_scale = ESTIMATE_SIGMAS * math.sqrt(rounding / float((of_weight.square() * weights).sum()))
+    for scaling, doubt in ((sample.scaling, 0.0), (fitted, own_scale)):
         direction = sample.direction(scaling)
-        factor = (got * direction).sum(1) / direction.square().sum(1)
+        size = direction.square().sum(1)
+        factor = (got * direction).sum(1) / size
         values = _rowwise(factor, direction)
-        judged = fit(got, values, sample.exact, sample.error, sample.dtype)
+        slack = _rowwise(ESTIMATE_SIGMAS * (rounding / size).sqrt(), direction.abs())
+        slack += _rowwise(factor.abs() * doubt, delta.abs())
+        judged = fit(got, values, sample.exact, sample.error, sample.dtype, slack)
         if judged is None:
             continue
-        rounding = torch.finfo(sample.dtype).eps / math.sqrt(got.shape[1])
         relative = sample.error.square().sum(1).sqrt() / sample.exact.square().sum(1).sqrt()
-        tolerance = 2 * (rounding + float(relative.nan_to_num().max()))
-        return Magnitudes(scaling, factor * sample.outputs.norms(scaling), tolerance, values, judged.outright)
+        tolerance = 2 * (torch.finfo(sample.dtype).eps / math.sqrt(got.shape[1]) + float(relative.nan_to_num().max()))
+        return Magnitudes(scaling, factor * sample.outputs.norms(scaling), tolerance, values, judged.left_over)
     return None
 
 

@@ -187,16 +187,16 @@ def _other_adapter(sample: Sample) -> Candidate | None:
     return Candidate("another-adapter", text, lambda: sample.got)
 
 
-def magnitude_candidate(plan: MergePlan, sample: Sample, *, outright: bool) -> Candidate | None:
+def magnitude_candidate(plan: MergePlan, sample: Sample, beaten: Fit | None) -> Candidate | None:
     """What is wrong with the magnitudes of a DoRA module whose direction is right but for a scaling.
 
-    outright: accept only a fit that leaves nothing over, because something else is known to fit with further rounding.
+    beaten: how well something simpler fits, to which this must be clearly superior.
     """
     own = sample.magnitude
     if own is None:
         return None
     fitted = fit_magnitudes(sample)
-    if fitted is None or (outright and not fitted.outright):
+    if fitted is None or (beaten is not None and fitted.left_over > beaten.left_over / 2):
         return None
     tolerance = fitted.tolerance
     same_scaling = fitted.scaling == sample.scaling
@@ -234,15 +234,16 @@ def _alike(first: Tensor, second: Tensor, tolerance: float) -> bool:
 
 
 def _is_permutation(norms: Tensor, magnitude: Tensor, tolerance: float) -> bool:
-    """Whether the norms are the magnitudes in another order: in order alike, and one by one as different as strangers.
+    """Whether the norms are the magnitudes in another order: alike when both are sorted, and not alike one by one.
 
-    A magnitude of another training is like its own; a permuted one is as far off as any two of them are.
+    Magnitudes of another training may be alike when sorted, but each is like its own as well; of permuted ones most
+    are off by what two of a neighbourhood differ by, at the least.
     """
     if not _alike(norms.sort().values, magnitude.sort().values, tolerance):
         return False
     off = (norms - magnitude).abs()
     strangers = (magnitude - magnitude.roll(len(magnitude) // 2)).abs()
-    return float(off[off > tolerance * magnitude].median()) > 0.3 * float(strangers.median())
+    return float(off[off > tolerance * magnitude].median()) > 0.1 * float(strangers.median())
 
 
 def _edits(plan: MergePlan, outputs: int) -> Iterator[LoraEdit]:
