@@ -191,7 +191,10 @@ def _rowwise(factor: Tensor, values: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Fit:
-    """How well a candidate explains a sample: outright or not, and the mean square of what is left over."""
+    """How well a candidate explains a sample: outright or not, and the mean square of what is left over.
+
+    Outright, that is what its values rounded once leave over; else what they leave over as they are.
+    """
 
     outright: bool
     left_over: float
@@ -213,7 +216,7 @@ def fit(
     slack = 2 * error * torch.nan_to_num(size, nan=1.0, posinf=1.0) + estimate
     left_over = float((got - values).square().mean())
     if float(within(got, values, slack, dtype).double().mean()) >= STRICT_SHARE:
-        return Fit(True, left_over)
+        return Fit(True, float((got - round_once(values, dtype)).square().mean()))
     # Of the sums, not the mean of the quotients: what an earlier, larger value was rounded by is much for a small one.
     unit = float((spacing(values, dtype) / 2 + slack).square().mean())
     coarse = left_over <= COARSE_UNITS**2 * unit
