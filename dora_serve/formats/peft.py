@@ -40,7 +40,8 @@ _MODULES_TO_SAVE = re.compile(r"^(.+)\.modules_to_save\.[^.]+\.(.+)$")
 _UNUSED = re.compile(
     r"\.(original_module|token_adapter\.trainable_tokens_original|lora_monteclora_sampler|lora_velora_\w+)\b"
 )
-_EMBEDDING_LEAVES = ("embed_tokens", "lm_head", "wte", "word_embeddings", "shared", "embed_in", "embed_out")
+_FOREIGN = re.compile(r"(^|[._])(lora|adapter|magnitude|dora|hada|lokr|ia3|oft|delta)([._]|$)", re.IGNORECASE)
+"""Parts of an adapter that this reader does not know, by the words that all of them have in their names."""
 
 
 def sniff(path: Path) -> bool:
@@ -187,14 +188,13 @@ def _replacement(name: str, tensor: LazyTensor, config: PeftConfig) -> Replaceme
         plain = name.replace(".base_layer.", ".")
         is_bias = plain.endswith(".bias") and config.bias in ("all", "lora_only")
         return Replacement(plain, tensor, "bias" if is_bias else "base_layer")
-    module = name.rpartition(".")[0]
-    if any(re.search(rf"(^|\.){re.escape(saved)}(\.|$)", module) for saved in config.modules_to_save):
+    # PEFT compares the end of a module's path, so that "norm" means "input_layernorm" too (_set_trainable).
+    if any(re.search(rf"{re.escape(saved)}(\.|$)", name.rpartition(".")[0]) for saved in config.modules_to_save):
         return Replacement(name, tensor, "modules_to_save")
     if name.endswith(".bias") and config.bias in ("all", "lora_only"):
         return Replacement(name, tensor, "bias")
-    if name.endswith(".weight") and module.rpartition(".")[2] in _EMBEDDING_LEAVES:
-        return Replacement(name, tensor, "base_layer")
-    return None
+    # Saved embeddings have the plain names of parameters, and PEFT loads whatever has one.
+    return None if _FOREIGN.search(name) else Replacement(name, tensor, "base_layer")
 
 
 def _require_finite(tensors: Mapping[str, LazyTensor], unused: set[str]) -> None:
@@ -210,7 +210,8 @@ def _require_finite(tensors: Mapping[str, LazyTensor], unused: set[str]) -> None
             bad.append(f"{key} ({wrong} of {tensor.numel()})")
     if bad:
         raise AdapterError(
-            f"The adapter holds values that are NaN or infinite: {', '.join(bad[:8])}{', ...' if len(bad) > 8 else ''}.",
+            f"The adapter holds values that are NaN or infinite: {', '.join(bad[:8])}"
+            f"{', ...' if len(bad) > 8 else ''}.",
             remedy="The training diverged, or the file is damaged: use an earlier checkpoint.",
             tensors=bad,
         )
@@ -333,18 +334,37 @@ def _block_diagonal(
     return (whole, lora_b) if factor == "A" else (lora_a, whole)
 
 
-def _is_expert(module: str, config: PeftConfig, grouped: _Grouped) -> bool:
-    """Whether this module's LoRA sits on parameters of its own name rather than on a layer's weight."""
-    return bool(config.target_parameters) and bool(_candidates(module.removesuffix(".base_layer"), config))
+def _is_expert(name: str, config: PeftConfig, grouped: _Grouped) -> bool:
+    """Whether this module's LoRA sits on parameters of its own name rather than on a layer's weight.
+
+    A target without an owner ("gate_up_proj") may mean any module: then the experts, packed into lora_A, tell.
+    """
+    module, _ = _unwrapped(name)
+    owned, free = _targets(module, config)
+    lora_a = grouped.parts[name].get("A")
+    return bool(owned) or (bool(free) and lora_a is not None and lora_a.shape[:1] != (config.rank(module),))
 
 
-def _candidates(module: str, config: PeftConfig) -> tuple[str, ...]:
-    """Names of the parameters of `module` that `target_parameters` means (peft tuners_utils._inject_parameters)."""
+def _unwrapped(name: str) -> tuple[str, int]:
+    """The module, and how many wrappers stand around this one."""
+    module = name
     while module.endswith(".base_layer"):
         module = module.removesuffix(".base_layer")
-    owners = [target.rpartition(".") for target in config.target_parameters]
-    found = {leaf for owner, _, leaf in owners if module == owner or module.endswith(f".{owner}") or not owner}
-    return tuple(sorted(found))
+    return module, (len(name) - len(module)) // len(".base_layer")
+
+
+def _targets(module: str, config: PeftConfig) -> tuple[set[str], set[str]]:
+    """Parameters that `target_parameters` names for `module`, and those that it names for whatever module has them."""
+    split = [target.rpartition(".") for target in config.target_parameters]
+    owned = {leaf for owner, _, leaf in split if owner and (module == owner or module.endswith(f".{owner}"))}
+    return owned, {leaf for owner, _, leaf in split if not owner}
+
+
+def _candidates(module: str, config: PeftConfig, grouped: _Grouped) -> tuple[str, ...]:
+    """Names of the parameters of `module` that are adapted (peft tuners_utils._inject_parameters)."""
+    owned, free = _targets(module, config)
+    wrappers = sum(_unwrapped(name)[0] == module for name in grouped.parts)
+    return tuple(sorted(owned if len(owned) >= wrappers else owned | free))
 
 
 def _experts(grouped: _Grouped, config: PeftConfig) -> list[ExpertLora]:
@@ -352,17 +372,16 @@ def _experts(grouped: _Grouped, config: PeftConfig) -> list[ExpertLora]:
     for name, parts in grouped.parts.items():
         if not _is_expert(name, config, grouped):
             continue
-        module, depth = name, 0
-        while module.endswith(".base_layer"):
-            module, depth = module.removesuffix(".base_layer"), depth + 1
+        module, depth = _unwrapped(name)
         if parts.keys() != {"A", "B"} or config.use_dora:
             raise AdapterError(
                 f"{module}: LoRA on parameters has {', '.join(sorted(parts))}, wanted lora_A and lora_B, without DoRA.",
                 remedy="Save the adapter again from the trained model.",
             )
-        parameters = _candidates(module, config)
-        ranks = {config.rank(f"{module}.{parameter}") for parameter in parameters}
-        scalings = {config.scaling(f"{module}.{parameter}") for parameter in parameters}
+        parameters = _candidates(module, config, grouped)
+        meant = _parameter_of(module, depth, parameters, grouped)
+        ranks = {config.rank(f"{module}.{parameter}") for parameter in meant}
+        scalings = {config.scaling(f"{module}.{parameter}") for parameter in meant}
         if len(ranks) > 1 or len(scalings) > 1:
             raise UnmergeableError(
                 f"{module}: its parameters {', '.join(parameters)} have different ranks or alphas, and the file does "
@@ -377,6 +396,11 @@ def _experts(grouped: _Grouped, config: PeftConfig) -> list[ExpertLora]:
                 f"{module}: lora_A {list(lora_a.shape)} and lora_B {list(lora_b.shape)}, wanted [experts * {rank}, in] "
                 f"and [out, {rank} * experts].",
                 remedy="Save the adapter again from the trained model.",
+            )
+        if lora_a.shape[1] == lora_b.shape[0] and str(config.raw.get("peft_version")) == "0.19.0":
+            raise UnmergeableError(
+                f"{module}: a square parameter, and PEFT 0.19.0, which had input and output of parameters exchanged.",
+                remedy="Load the adapter with PEFT 0.19.0, and train it on with a later one.",
             )
         experts.append(
             ExpertLora(
@@ -394,18 +418,26 @@ def _experts(grouped: _Grouped, config: PeftConfig) -> list[ExpertLora]:
     return experts
 
 
+def _parameter_of(module: str, depth: int, parameters: tuple[str, ...], grouped: _Grouped) -> tuple[str, ...]:
+    """Those of `parameters` that the wrapper at `depth` may be meant for.
+
+    Wrappers nest in the order in which the module registers its parameters, the first innermost, and every family of
+    transformers registers gate_up_proj before down_proj.
+    """
+    if parameters == ("down_proj", "gate_up_proj") and f"{module}.base_layer" in grouped.parts:
+        return (parameters[depth],)
+    return parameters
+
+
 def _in_is_dim_1(config: PeftConfig) -> bool | None:
     """Whether a square (experts, n, n) parameter was read as (experts, in, out) by the PEFT that trained it.
 
-    None where the base decides (0.19.1 and later, #3165). Up to 0.18 it always was; 0.19.0 had it inverted, which no
-    shape can tell, and its square parameters are refused in `resolve`.
+    None where the base decides (0.19.1 and later, #3165). Up to 0.18 it always was.
     """
-    version = str(config.raw.get("peft_version") or "")
-    match = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", version)
+    match = re.match(r"(\d+)\.(\d+)", str(config.raw.get("peft_version") or ""))
     if match is None:
         return True  # the key itself came with 0.18
-    numbers = (int(match[1]), int(match[2]), int(match[3] or 0))
-    return True if numbers < (0, 19, 0) else None
+    return True if (int(match[1]), int(match[2])) < (0, 19) else None
 
 
 def _token_rows(grouped: _Grouped, config: PeftConfig) -> list[TokenRows]:
