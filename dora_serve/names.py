@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -31,9 +31,6 @@ _EXPERT_LEAVES: Mapping[str, tuple[tuple[str, ...], ...]] = {
     "down_proj": (("down_proj",), ("w2",)),
 }
 
-_EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|embed_in|tok_embeddings|word_embeddings|embeddings)\.weight$")
-_CAUSAL = ("ForCausalLM", "LMHeadModel")
-
 
 @dataclass(frozen=True)
 class Place:
@@ -51,14 +48,18 @@ class Place:
 
 @dataclass(frozen=True)
 class ParameterNames:
-    """The names of one checkpoint. `ask` gives what transformers knows; it is called only where the rules fail."""
+    """The names of one checkpoint. `ask` gives what transformers knows; it is called only where the rules fail.
+
+    architecture: the class that was trained, where it is not the one that the base's config.json names.
+    """
 
     base: ShardedCheckpoint
     ask: Callable[[], RuntimeNames | None]
+    architecture: str | None = None
 
     @staticmethod
-    def of(base: ShardedCheckpoint) -> ParameterNames:
-        return ParameterNames(base, lambda: runtime_names(base.folder))
+    def of(base: ShardedCheckpoint, architecture: str | None = None) -> ParameterNames:
+        return ParameterNames(base, lambda: runtime_names(base.folder, architecture), architecture)
 
     def find(self, parameter: str) -> tuple[Place, ...]:
         """Where a parameter lies, empty where it does not."""
@@ -94,38 +95,13 @@ class ParameterNames:
             return tuple(zip(*origin.groups, strict=True))
         return ()
 
-    def shared_with(self, parameter: str) -> tuple[str, ...]:
-        """Run-time names of all parameters that are one tensor with this one, itself included; () if it is alone.
-
-        Only for a model whose configuration ties its embeddings and whose checkpoint stores them once.
-        """
-        config = self.base.config
-        text_config = config.get("text_config")
-        tied = config.get("tie_word_embeddings")
-        if tied is None and isinstance(text_config, dict):
-            tied = text_config.get("tie_word_embeddings")
-        if tied is False and config.get("model_type") not in _ALWAYS_TIED:
-            return ()
-        architecture = self._architecture
-        if architecture.endswith(_CAUSAL) and config.get("model_type") not in _OTHER_HEADS:
-            return self._shared_causal(parameter)
-        if not (_EMBEDDING.search(parameter) or "shared" in parameter or "lm_head" in parameter or tied is not None):
-            return ()
-        facts = self._facts
-        if facts is None:
-            return ()
-        own = facts.tied.get(parameter, parameter)
-        group = [own, *(target for target, source in facts.tied.items() if source == own)]
-        return tuple(group) if len(group) > 1 and parameter in group else ()
-
-    def is_stored_apart(self, parameter: str) -> bool:
-        """Whether this is an embedding or `lm_head` of which the file holds both, though the configuration ties them."""
-        embeddings = [name for name in self.base.tensors if _EMBEDDING.search(name)]
-        heads = [name for name in self.base.tensors if name.endswith("lm_head.weight")]
-        place = self._rename(parameter)
-        return bool(
-            self.base.config.get("tie_word_embeddings") and embeddings and place in heads + embeddings and heads
-        )
+    def stored(self, parameter: str) -> str | None:
+        """The tensor that is this parameter and nothing else, as far as that is known without asking transformers."""
+        name = self._rename(parameter)
+        if name is None and "known" in self.__dict__:
+            places = self.find(parameter)
+            name = places[0].tensor if len(places) == 1 and places[0].tensor_parts == 1 else None
+        return name
 
     def nearest(self, parameter: str) -> tuple[str, ...]:
         """The stored names most like this one, for a message."""
@@ -133,24 +109,6 @@ class ParameterNames:
         same_leaf = [name for name in self.base.tensors if name.split(".")[-2:] == leaf]
         pool = same_leaf or list(self.base.tensors)
         return tuple(difflib.get_close_matches(parameter, pool[:5000], n=3, cutoff=0.3))
-
-    def missing(self, parameters: Iterable[str]) -> list[str]:
-        return [parameter for parameter in parameters if not self.find(parameter)]
-
-    def _shared_causal(self, parameter: str) -> tuple[str, ...]:
-        head = "lm_head.weight"
-        if self._rename_exact(head) is not None:
-            return ()
-        if parameter == head:
-            stored = [name for name in self.base.tensors if _EMBEDDING.search(name)]
-            tokens = [name for name in stored if not re.search(r"(position|type|wpe)", name)]
-            return (head, tokens[0]) if len(tokens) == 1 else ()
-        if _EMBEDDING.search(parameter) and not re.search(r"(position|type)", parameter):
-            return (head, parameter)
-        return ()
-
-    def _rename_exact(self, parameter: str) -> str | None:
-        return parameter if parameter in self.base.tensors else None
 
     def _rename(self, parameter: str) -> str | None:
         """The one stored tensor of this name, through the rules that need no knowledge of the model's class."""
@@ -173,10 +131,11 @@ class ParameterNames:
         return None
 
     def _origin(self, parameter: str) -> Origin | None:
-        return self._facts.origins.get(parameter) if self._facts else None
+        return self.known.origins.get(parameter) if self.known else None
 
     @cached_property
-    def _facts(self) -> RuntimeNames | None:
+    def known(self) -> RuntimeNames | None:
+        """What transformers knows of this model; None where it does not know it, or is not installed."""
         return self.ask() if self.base.config.get("architectures") or self.base.config.get("model_type") else None
 
     @cached_property
@@ -188,27 +147,3 @@ class ParameterNames:
                 rest = rest.partition(".")[2]
                 index[rest].append(name)
         return {suffix: tuple(names) for suffix, names in index.items()}
-
-    @property
-    def _architecture(self) -> str:
-        architectures = self.base.config.get("architectures")
-        return str(architectures[0]) if isinstance(architectures, list) and architectures else ""
-
-
-_ALWAYS_TIED = ("t5", "mt5", "umt5", "longt5", "switch_transformers")
-"""Families whose encoder and decoder embeddings are one tensor whatever the configuration says."""
-
-_OTHER_HEADS = (
-    "bert",
-    "roberta",
-    "xlm-roberta",
-    "electra",
-    "xlm",
-    "bart",
-    "mbart",
-    "opus",
-    "marian",
-    "pegasus",
-    "blenderbot",
-)
-"""Families whose causal models have another head than `lm_head`, or more than two names for the one tensor."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from math import prod
@@ -23,15 +23,13 @@ from dora_serve.names import ParameterNames, Place
 from dora_serve.plan import LoraEdit, MergePlan, Region, RowEdit, TensorPlan, VectorEdit
 from dora_serve.replicate import replicate_layers
 from dora_serve.safetensors_file import TensorEntry
+from dora_serve.ties import Untying, plan_untying
 
 MERGEABLE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 _CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
 _CONV1D_LEAVES = ("c_attn", "q_attn", "c_proj", "c_fc")
 """transformers' Conv1D stores (in, out); a square one can be told from a Linear only by what it is."""
-
-_IS_TRANSPOSED_EXPERTS = ("gpt_oss", "llama4", "llama4_text")
-"""Families whose fused experts are (experts, in, out): PEFT's `is_transposed`."""
 
 _TOKENIZER_FILES = re.compile(
     r"^(tokenizer.*|vocab.*|merges\.txt|special_tokens_map\.json|added_tokens\.json|chat_template.*|spiece\.model|.*\.tiktoken)$"
@@ -49,7 +47,7 @@ class _Draft:
     vectors: dict[str, list[VectorEdit]] = field(default_factory=lambda: defaultdict(list))
     sources: dict[str, LazyTensor] = field(default_factory=dict)
     added: dict[str, TensorEntry | LazyTensor] = field(default_factory=dict)
-    untied: list[str] = field(default_factory=list)
+    untying: Untying = field(default_factory=Untying)
     config_changes: dict[tuple[str, ...], object] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -69,20 +67,22 @@ def plan_merge(base: ShardedCheckpoint, adapter: Adapter, *, dtype: torch.dtype 
     Raises PlanError with every problem at once, CheckpointError for a base that cannot be merged into at all.
     """
     _require_dense(base)
-    draft = _Draft(base, ParameterNames.of(base))
+    trained = _trained_architecture(base.config, adapter)
+    draft = _Draft(base, ParameterNames.of(base, trained))
     if adapter.config.get("layer_replication"):
         try:
             longer, draft.config_changes = replicate_layers(base, adapter.config["layer_replication"])
         except ValueError as error:
             draft.problems.append(error.args[0])
         else:
-            draft.base, draft.names = longer, ParameterNames.of(longer)
+            draft.base, draft.names = longer, ParameterNames.of(longer, trained)
             draft.notes.append(f"The base's layers are repeated: {adapter.config['layer_replication']}.")
     _untie(draft, adapter)
     for replacement in adapter.replacements:
-        _replace(draft, adapter, replacement)
+        _replace(draft, replacement)
+    _require_whole(draft)
     for rows in adapter.token_rows:
-        _replace_rows(draft, rows)
+        _replace_rows(draft, adapter, rows)
     for module in adapter.modules:
         _add_lora(draft, module)
     for module_name, experts in _by_module(adapter.experts).items():
@@ -172,12 +172,27 @@ def _region(draft: _Draft, module: LoraWeights, shape: tuple[int, ...], place: P
     if module.kind == "conv" or len(shape) != 2 or not whole:
         return straight
     flipped = replace(straight, transposed=True)
-    leaf = module.module.rpartition(".")[2]
-    family = draft.base.config.get("model_type")
-    is_conv1d = leaf in _CONV1D_LEAVES and family in _CONV1D_MODELS
-    if flipped.out_in == (out, width) and (is_conv1d or (straight.out_in != (out, width) and family is None)):
-        return flipped
-    return straight
+    families = set(_families(draft.base.config))
+    may_be_conv1d = module.module.rpartition(".")[2] in _CONV1D_LEAVES
+    if flipped.out_in != (out, width) or (families and not (may_be_conv1d and families & set(_CONV1D_MODELS))):
+        return straight
+    if not families and may_be_conv1d and straight.out_in == flipped.out_in:
+        draft.problem(
+            module.module,
+            f"a square weight {list(shape)} in a base without a model_type",
+            "a config.json that tells whether it is a Conv1D, which is stored as (in, out), or a Linear",
+        )
+        return None
+    return flipped if families or straight.out_in != (out, width) else straight
+
+
+def _families(config: Mapping[str, object]) -> Iterator[str]:
+    """model_type of the model and of the models that it is made of."""
+    for key, value in config.items():
+        if key == "model_type" and isinstance(value, str):
+            yield value
+        elif isinstance(value, dict):
+            yield from _families(value)
 
 
 def _mismatch(draft: _Draft, module: LoraWeights, shape: tuple[int, ...]) -> None:
@@ -260,6 +275,10 @@ def _add_experts(draft: _Draft, module: str, wrappers: list[ExpertLora]) -> None
     if not stacks:
         draft.not_found(module, f"{module}.{wrappers[0].parameters[0]}")
         return
+    if len(wrappers) > len(stacks):
+        found = ", ".join(stack.parameter for stack in stacks)
+        draft.problem(module, f"LoRA on {len(wrappers)} parameters", f"no more than the base has there: {found}")
+        return
     for wrapper in wrappers:
         fitting = [(stack, swapped) for stack in stacks for swapped in _orientations(draft, wrapper, stack)]
         names = {stack.parameter for stack, _ in fitting}
@@ -278,8 +297,9 @@ def _add_experts(draft: _Draft, module: str, wrappers: list[ExpertLora]) -> None
         if len(fitting) > 1:
             draft.problem(
                 module,
-                f"a square parameter {list(fitting[0][0].shape)} and peft_version that does not tell its orientation",
-                "an adapter saved by PEFT 0.18 or before, or 0.19.1 or later",
+                f"a square parameter {list(fitting[0][0].shape)}",
+                "to know from transformers which of its dimensions is the input",
+                "install dora-serve[verify], or a transformers that has this architecture",
             )
             continue
         _place_experts(draft, wrapper, *fitting[0])
@@ -312,7 +332,10 @@ def _orientations(draft: _Draft, wrapper: ExpertLora, stack: _Stack) -> list[boo
         return found[:1]
     if wrapper.in_is_dim_1 is not None:
         return [wrapper.in_is_dim_1]
-    return [draft.base.config.get("model_type") in _IS_TRANSPOSED_EXPERTS]
+    if draft.names.known is None:
+        return [False, True]
+    named = draft.names.known.transposed
+    return [any(name == wrapper.module or name.endswith(f".{wrapper.module}") for name in named)]
 
 
 def _place_experts(draft: _Draft, wrapper: ExpertLora, stack: _Stack, in_is_dim_1: bool) -> None:
@@ -358,38 +381,15 @@ def _expert_factors(wrapper: ExpertLora, expert: int, experts: int) -> tuple[Laz
 
 
 def _untie(draft: _Draft, adapter: Adapter) -> None:
-    """Give every parameter of a tied group a tensor of its own where the adapter changes only some of them."""
-    tying = bool(adapter.config.get("ensure_weight_tying"))
-    changed = {f"{module.module}.weight" for module in adapter.modules}
-    changed |= {change.name for change in adapter.replacements if change.role == "modules_to_save"}
-    groups = {group for name in sorted(changed) if (group := draft.names.shared_with(name))}
-    if not groups and any(draft.names.is_stored_apart(name) for name in changed):
-        # Both are in the file and the configuration calls them tied: transformers 4 would tie them again.
-        for path in _tie_paths(draft.base.config):
-            draft.config_changes[path] = False
-    for group in groups:
-        stored = [places[0].tensor for name in group if (places := draft.names.find(name)) and len(places) == 1]
-        touched = [name for name in group if name in changed]
-        if not stored or len(touched) == len(group):
-            continue
-        if tying and all(change.name in group for change in adapter.replacements if change.name in touched):
-            replaced = {change.name for change in adapter.replacements}
-            if replaced & set(touched):
-                continue  # PEFT keeps the tie: the one stored tensor is replaced for all of the group
-        for name in group:
-            if not draft.names.find(name) or (name not in draft.base.tensors and name != stored[0]):
-                draft.added[name] = draft.base.tensors[stored[0]]
-        draft.untied.extend(name for name in group if name in draft.added)
-        for path in _tie_paths(draft.base.config):
-            draft.config_changes[path] = False
-        if draft.base.config.get("model_type") in ("t5", "mt5", "umt5", "longt5", "switch_transformers"):
-            draft.config_changes[("scale_decoder_outputs",)] = True
-
-
-def _tie_paths(config: Mapping[str, object]) -> list[tuple[str, ...]]:
-    text_config = config.get("text_config")
-    nested = isinstance(text_config, dict) and "tie_word_embeddings" in text_config
-    return [("tie_word_embeddings",), *([("text_config", "tie_word_embeddings")] if nested else [])]
+    """Give every tied parameter a tensor of its own where the adapter changes only some of them."""
+    draft.untying = untying = plan_untying(draft.names, adapter)
+    draft.problems.extend(untying.problems)
+    draft.added.update(untying.added)
+    draft.config_changes.update(untying.config_changes)
+    if untying.config_changes:
+        apart = ", ".join(sorted(untying.added))
+        written = f": {apart} {'is' if len(untying.added) == 1 else 'are'} written apart" if apart else ""
+        draft.notes.append(f"The embeddings were tied, and the adapter parts them{written}; config.json says so.")
 
 
 def _own_name(draft: _Draft, parameter: str) -> str | None:
@@ -397,20 +397,15 @@ def _own_name(draft: _Draft, parameter: str) -> str | None:
     return parameter if parameter in draft.added else None
 
 
-def _replace(draft: _Draft, adapter: Adapter, change: Replacement) -> None:
+def _replace(draft: _Draft, change: Replacement) -> None:
     own = _own_name(draft, change.name)
     places = (Place(own),) if own else draft.names.find(change.name)
     if not places:
-        group = draft.names.shared_with(change.name)
-        stored = [places for name in group if (places := draft.names.find(name))]
-        if stored and change.role == "base_layer":
-            places = stored[0]  # both names of a tied tensor were saved, with one value
-        elif stored and adapter.config.get("ensure_weight_tying"):
-            places = stored[0]
+        places = _tied_places(draft, change.name)
     if not places:
         if change.role == "modules_to_save":
             draft.added[change.name] = change.tensor
-            _describe_head(draft, adapter, change)
+            _describe_head(draft, change)
             return
         draft.not_found(change.name, change.name)
         return
@@ -419,14 +414,14 @@ def _replace(draft: _Draft, adapter: Adapter, change: Replacement) -> None:
         return
     tensor = places[0].tensor
     shape, new = _shape(draft, tensor), change.tensor.shape
-    resized = len(shape) == 2 and shape[1:] == new[1:] and _is_vocabulary(draft.base.config, shape[0])
+    resized = len(shape) == len(new) > 0 and shape[1:] == new[1:] and _is_vocabulary(draft.base.config, shape[0])
     if shape != new and not resized:
         draft.problem(change.name, f"a trained tensor of {list(new)}", f"the base's {list(shape)}")
         return
     if shape != new:
         for path in _vocabulary_paths(draft.base.config):
             draft.config_changes[path] = new[0]
-        _follow_vocabulary(draft, tensor, new[0])
+        draft.notes.append(f"{tensor} has {new[0]} rows in the adapter and {shape[0]} in the base.")
     if tensor in draft.added:
         draft.added[tensor] = change.tensor
     else:
@@ -449,56 +444,112 @@ def _get(config: Mapping[str, object], path: tuple[str, ...]) -> object:
     return value
 
 
-def _follow_vocabulary(draft: _Draft, tensor: str, size: int) -> None:
-    draft.notes.append(
-        f"{tensor} has {size} rows in the adapter and {draft.base.tensors[tensor].shape[0]} in the base."
-    )
-
-
-def _describe_head(draft: _Draft, adapter: Adapter, change: Replacement) -> None:
-    """A trained head that the base does not have: the output needs the architecture that has one."""
-    suffix = {
-        "SEQ_CLS": "ForSequenceClassification",
-        "TOKEN_CLS": "ForTokenClassification",
-        "QUESTION_ANS": "ForQuestionAnswering",
-    }.get(adapter.task_type or "")
-    draft.notes.append(f"{change.name} {list(change.tensor.shape)} is new: the base has no such tensor.")
-    architectures = draft.base.config.get("architectures")
-    if suffix is None or not isinstance(architectures, list) or not architectures:
+def _require_whole(draft: _Draft) -> None:
+    """Every table of a resized vocabulary has to follow, and a head that the base lacks has to come as a whole."""
+    sizes = {
+        _get(draft.base.config, path): value for path, value in draft.config_changes.items() if "vocab_size" in path
+    }
+    for name, entry in draft.base.tensors.items():
+        is_table = entry.shape and not any(part.isdigit() for part in name.split("."))
+        if is_table and entry.shape[0] in sizes and name not in draft.sources:
+            draft.problem(
+                name,
+                f"{entry.shape[0]} rows in the base and none in the adapter",
+                f"{sizes[entry.shape[0]]} rows, as the adapter's other table has",
+                "save the adapter with save_embedding_layers=True, or with both in modules_to_save",
+            )
+    if draft.names.architecture is None:
         return
-    family = re.sub(r"(For[A-Z]\w*|LMHeadModel|Model)$", "", str(architectures[0]))
-    if not str(architectures[0]).endswith(suffix):
-        draft.config_changes[("architectures",)] = [family + suffix]
-    leaf = change.name.rsplit(".", 2)
-    is_output = leaf[-1] == "weight" and leaf[-2] in ("score", "classifier", "out_proj", "qa_outputs")
+    if draft.names.known is None:
+        draft.notes.append(f"transformers was not asked whether {draft.names.architecture} is whole.")
+        return
+    for name in draft.names.known.missing:
+        if name not in draft.added:
+            draft.problem(
+                name,
+                "no value in the base and none in the adapter",
+                f"one, since the adapter was trained in a {draft.names.architecture}",
+                "it was drawn at random for the training and never saved: add its module to modules_to_save",
+            )
+
+
+_TASK_HEADS: Mapping[str, str] = {
+    "SEQ_CLS": "ForSequenceClassification",
+    "TOKEN_CLS": "ForTokenClassification",
+    "QUESTION_ANS": "ForQuestionAnswering",
+}
+
+
+def _trained_architecture(config: Mapping[str, object], adapter: Adapter) -> str | None:
+    """The class that the adapter's task calls for, None where that is the base's own or there is no telling."""
+    suffix = _TASK_HEADS.get(adapter.task_type or "")
+    architectures = config.get("architectures")
+    if suffix is None or not isinstance(architectures, list) or not architectures:
+        return None
+    own = str(architectures[0])
+    return None if own.endswith(suffix) else re.sub(r"(For[A-Z]\w*|(LMHead|DoubleHeads)?Model)$", "", own) + suffix
+
+
+def _describe_head(draft: _Draft, change: Replacement) -> None:
+    """A trained head that the base does not have: the output needs the architecture that has one, and its labels."""
+    draft.notes.append(f"{change.name} {list(change.tensor.shape)} is new: the base has no such tensor.")
+    if draft.names.architecture is not None:
+        draft.config_changes[("architectures",)] = [draft.names.architecture]
+    is_output = re.search(
+        r"(^|\.)(score|classifier|classifier\.out_proj|classification_head\.out_proj)\.weight$", change.name
+    )
     labels = draft.base.config.get("id2label")
-    count = change.tensor.shape[0]
-    if is_output and suffix != "ForQuestionAnswering" and (not isinstance(labels, dict) or len(labels) != count):
+    count = change.tensor.shape[0] if change.tensor.shape else 0
+    if is_output and (not isinstance(labels, dict) or len(labels) != count):
         draft.config_changes[("id2label",)] = {str(index): f"LABEL_{index}" for index in range(count)}
         draft.config_changes[("label2id",)] = {f"LABEL_{index}": index for index in range(count)}
 
 
-def _replace_rows(draft: _Draft, change: TokenRows) -> None:
+def _tied_places(draft: _Draft, parameter: str) -> tuple[Place, ...]:
+    """Where the tensor lies that a parameter without one of its own shares."""
+    group = draft.untying.group_of(parameter)
+    members = sorted(group.members) if group else []
+    return next(((Place(stored),) for member in members if (stored := draft.names.stored(member))), ())
+
+
+def _replace_rows(draft: _Draft, adapter: Adapter, change: TokenRows) -> None:
     parameter = f"{change.module}.weight"
-    places = draft.names.find(parameter)
-    if not places:
-        group = draft.names.shared_with(parameter)
-        places = next((found for name in group if (found := draft.names.find(name))), ())
-    if len(places) != 1:
+    tables = _row_tables(draft, adapter, parameter)
+    if not tables:
         draft.not_found(change.module, parameter)
-        return
-    tensor = places[0].tensor
-    shape = _shape(draft, tensor)
-    if len(shape) != 2 or shape[1] != change.rows.shape[1] or max(change.indices, default=0) >= shape[0]:
-        draft.problem(
-            change.module,
-            f"{len(change.indices)} trained rows of width {change.rows.shape[1]} up to row "
-            f"{max(change.indices, default=0)}",
-            f"rows within the base's {list(shape)}",
-        )
-        return
-    for name in (tensor, *(untied for untied in draft.untied if untied in draft.names.shared_with(parameter))):
-        draft.rows[name].append(RowEdit(change.module, change.indices, change.rows))
+    for name in tables:
+        bias = f"{name.removesuffix('weight')}bias"
+        if draft.names.stored(bias) or draft.untying.group_of(bias):
+            draft.problem(
+                change.module,
+                f"trained rows of {name}, which has a bias",
+                "a head without one",
+                "PEFT leaves that bias out while the rows are active and puts it back when it merges, so there is no "
+                "telling which was meant",
+            )
+    last = max(change.indices, default=0)
+    for tensor in sorted(set(tables.values())):
+        shape = _shape(draft, tensor)
+        if len(shape) != 2 or shape[1] != change.rows.shape[1] or last >= shape[0]:
+            got = f"{len(change.indices)} trained rows of width {change.rows.shape[1]} up to row {last}"
+            draft.problem(change.module, got, f"rows within the base's {list(shape)}")
+            return
+        draft.rows[tensor].append(RowEdit(change.module, change.indices, change.rows))
+
+
+def _row_tables(draft: _Draft, adapter: Adapter, parameter: str) -> dict[str, str]:
+    """The parameters whose rows are trained, and their tensors: those of an input embedding are also what is tied to it
+    (peft.utils.other.set_additional_trainable_modules), unless that has rows of its own."""
+    group = draft.untying.group_of(parameter)
+    trained = {f"{rows.module}.weight" for rows in adapter.token_rows}
+    shared = group is not None and parameter == group.source and not group.members & (trained - {parameter})
+    tables = {}
+    for name in sorted(group.members) if group and shared else [parameter]:
+        own = _own_name(draft, name)
+        places = (Place(own),) if own else draft.names.find(name) or _tied_places(draft, name)
+        if len(places) == 1:
+            tables[name] = places[0].tensor
+    return tables
 
 
 def _require_disjoint(draft: _Draft) -> None:
@@ -525,12 +576,6 @@ def _finish(draft: _Draft, adapter: Adapter, dtype: torch.dtype | None) -> Merge
     if dtype is not None:
         label = str(dtype).removeprefix("torch.")
         draft.config_changes[("torch_dtype" if "torch_dtype" in base.config else "dtype",)] = label
-    notes = list(adapter.notes)
-    if draft.untied:
-        notes.append(
-            f"The embeddings were tied and the adapter changes only one side: {', '.join(draft.untied)} "
-            f"{'is' if len(draft.untied) == 1 else 'are'} written apart, and config.json says so."
-        )
     return MergePlan(
         base=base,
         adapter=adapter,
@@ -538,8 +583,8 @@ def _finish(draft: _Draft, adapter: Adapter, dtype: torch.dtype | None) -> Merge
         files={file: tuple(names) for file, names in files.items()},
         config_changes=draft.config_changes,
         side_files=_side_files(draft, adapter),
-        untied=tuple(draft.untied),
-        notes=(*notes, *draft.notes),
+        untied=tuple(sorted(draft.untying.added)),
+        notes=(*adapter.notes, *draft.notes),
     )
 
 

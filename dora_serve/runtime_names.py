@@ -2,18 +2,19 @@
 
 transformers 5 renames, fuses and splits tensors while it loads them (transformers/conversion_mapping.py), and an
 adapter carries the names of the model that was trained. The program builds the model without memory (meta device) and
-prints, as JSON, where each of its parameters comes from and which of them are tied.
+prints, as JSON, where each of its parameters comes from, which of them are tied, and which the checkpoint lacks.
 
-    python -m dora_serve.runtime_names FOLDER
+    python -m dora_serve.runtime_names FOLDER [ARCHITECTURE]
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,29 +37,43 @@ class Origin:
 
 @dataclass(frozen=True)
 class RuntimeNames:
-    """origins: by run-time parameter name. tied: run-time name to the name of the parameter that it shares."""
+    """origins: by run-time parameter name. tied: run-time name to the name of the parameter that it shares.
+
+    missing: parameters that nothing in the checkpoint gives a value, and that are not tied to one that has.
+    transposed: modules whose 3-D parameters are (experts, in, out).
+    """
 
     origins: Mapping[str, Origin]
     tied: Mapping[str, str]
+    missing: tuple[str, ...] = ()
+    transposed: tuple[str, ...] = ()
 
 
-def runtime_names(folder: Path) -> RuntimeNames | None:
-    """Ask transformers, in a process of its own; None where it is not installed or cannot build this model."""
+def runtime_names(folder: Path, architecture: str | None = None) -> RuntimeNames | None:
+    """Ask transformers, in a process of its own; None where it is not installed or cannot build this model.
+
+    architecture: the class that the checkpoint was loaded into for the training, where its config.json names another.
+    """
     if importlib.util.find_spec("transformers") is None:
         return None
-    command = [sys.executable, "-m", "dora_serve.runtime_names", str(folder)]
+    command = [sys.executable, "-m", "dora_serve.runtime_names", str(folder), *([architecture] if architecture else [])]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         return None
-    table = json.loads(done.stdout.splitlines()[-1])
+    return parse(json.loads(done.stdout.splitlines()[-1]))
+
+
+def parse(table: Mapping[str, Any]) -> RuntimeNames:
+    """What `describe` found, as it came through JSON."""
     origins = {
         name: Origin(entry["operation"], tuple(map(tuple, entry["groups"])), entry["part"], entry["parts"])
         for name, entry in table["origins"].items()
     }
-    return RuntimeNames(origins, table["tied"])
+    return RuntimeNames(origins, table["tied"], tuple(table["missing"]), tuple(table["transposed"]))
 
 
-def _describe(folder: Path) -> dict[str, Any]:
+def describe(folder: Path, architecture: str | None = None) -> dict[str, Any]:
+    """What the program prints. Imports transformers; raises whatever that raises for a model it cannot build."""
     import torch
     import transformers
     from transformers import AutoConfig
@@ -68,7 +83,7 @@ def _describe(folder: Path) -> dict[str, Any]:
     from dora_serve.checkpoint import open_checkpoint
 
     config = AutoConfig.from_pretrained(folder)
-    model_class = getattr(transformers, (config.architectures or ["AutoModel"])[0])
+    model_class = getattr(transformers, architecture or (config.architectures or ["AutoModel"])[0])
     with torch.device("meta"):
         model = model_class(config) if model_class is not transformers.AutoModel else model_class.from_config(config)
     state = dict(model.state_dict())
@@ -84,7 +99,24 @@ def _describe(folder: Path) -> dict[str, Any]:
     for renamed, by_pattern in collected.items():
         converter = by_source.get(next(iter(by_pattern)))
         origins.update(_origins_of(renamed, by_pattern, converter))
-    return {"origins": origins, "tied": dict(getattr(model, "all_tied_weights_keys", None) or {})}
+    tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
+    transposed = [name for name, module in model.named_modules() if getattr(module, "is_transposed", False)]
+    return {
+        "origins": origins,
+        "tied": tied,
+        "missing": _missing(model, origins.keys(), tied),
+        "transposed": transposed,
+    }
+
+
+def _missing(model: Any, given: Collection[str], tied: Mapping[str, str]) -> list[str]:
+    sharing: dict[str, set[str]] = {}
+    for target, source in tied.items():
+        sharing.setdefault(source, {source}).add(target)
+    had = set(given) | {name for group in sharing.values() if group & set(given) for name in group}
+    optional = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
+    wanted = [name for name, _ in model.named_parameters() if name not in had]
+    return [name for name in wanted if not any(pattern.search(name) for pattern in optional)]
 
 
 def _origins_of(renamed: str, by_pattern: dict[str, list[str]], converter: Any) -> dict[str, Any]:
@@ -99,13 +131,11 @@ def _origins_of(renamed: str, by_pattern: dict[str, list[str]], converter: Any) 
         return {renamed: entry("experts", groups)}
     if operations == [("Concatenate", 0)]:
         return {renamed: entry("concat", groups)}
+    first, targets = converter.target_patterns[0], converter.target_patterns
+    named = [renamed.replace(first, target) for target in targets]
     if operations == [("Chunk", 0)]:
-        first, targets = converter.target_patterns[0], converter.target_patterns
-        return {
-            renamed.replace(first, target): entry("chunk", groups, part, len(targets))
-            for part, target in enumerate(targets)
-        }
-    return {renamed: entry(" + ".join(name for name, _ in operations), groups)}
+        return {name: entry("chunk", groups, part, len(targets)) for part, name in enumerate(named)}
+    return {name: entry(" + ".join(name for name, _ in operations), groups) for name in named}
 
 
 def _natural(name: str) -> list[tuple[int, int | str]]:
@@ -114,4 +144,4 @@ def _natural(name: str) -> list[tuple[int, int | str]]:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(json.dumps(_describe(Path(sys.argv[1]))))
+    sys.stdout.write(json.dumps(describe(Path(sys.argv[1]), *sys.argv[2:3])))
