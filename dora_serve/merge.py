@@ -10,7 +10,7 @@ import errno
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -285,10 +285,12 @@ def _merge_rows(job: _Job, first: int, last: int, width: int) -> None:
     step = max(1, elements // max(1, width))
     with ExitStack() as stack:
         source = stack.enter_context(_Source(plan.source))
-        updates = [
-            _load(job, edit, source) for edit in plan.loras if edit.region.start < last and edit.region.stop > first
-        ]
         replaced = [(edit.indices, edit.rows.load()) for edit in plan.rows]
+        updates = [
+            _load(job, edit, source, replaced)
+            for edit in plan.loras
+            if edit.region.start < last and edit.region.stop > first
+        ]
         vectors = [(edit, edit.vector.load().to(job.device, torch.float64)) for edit in plan.vectors]
         block = stack.enter_context(job.buffers.block(min(step, last - first), width, plan.dtype))
         bounded = _is_bounded(plan, updates)
@@ -296,10 +298,7 @@ def _merge_rows(job: _Job, first: int, last: int, width: int) -> None:
             stop = min(start + step, last)
             stored = source.rows(start, stop, width, block.raw)
             exact = block.exact[: stop - start].copy_(stored)
-            for indices, rows in replaced:
-                for position, index in enumerate(indices):
-                    if start <= index < stop:
-                        exact[index - start] = rows[position].to(exact)
+            _replace_rows(exact, start, replaced)
             for update in updates:
                 _apply(job, update, exact, start, stop)
             for edit, vector in vectors:
@@ -365,7 +364,19 @@ def _bytes(tensor: Tensor) -> memoryview:
     return memoryview(tensor.view(torch.uint8).flatten().numpy().data)
 
 
-def _load(job: _Job, edit: LoraEdit, source: _Source) -> _Update:
+_Rows = Sequence[tuple[tuple[int, ...], Tensor]]
+"""Indices into the stored tensor, and the rows that take their places."""
+
+
+def _replace_rows(block: Tensor, start: int, replaced: _Rows) -> None:
+    """Put replaced rows into the block of stored rows that begins with row `start`, in place."""
+    for indices, rows in replaced:
+        for position, index in enumerate(indices):
+            if start <= index < start + len(block):
+                block[index - start] = rows[position].to(block)
+
+
+def _load(job: _Job, edit: LoraEdit, source: _Source, replaced: _Rows) -> _Update:
     lora_a = edit.lora_A.load().to(job.device, torch.float64)
     lora_b = edit.lora_B.load().to(job.device, torch.float64)
     magnitude = edit.magnitude.load().to(job.device, torch.float64) if edit.magnitude else None
@@ -378,7 +389,9 @@ def _load(job: _Job, edit: LoraEdit, source: _Source) -> _Update:
     step = max(1, BLOCK_ELEMENTS // region.width)
     for start in range(region.start, region.stop, step):
         stop = min(start + step, region.stop)
-        direction = _direction_transposed(update, source.rows(start, stop, region.width).to(lora_a), start, stop)
+        weight = source.rows(start, stop, region.width).to(lora_a)
+        _replace_rows(weight, start, replaced)
+        direction = _direction_transposed(update, weight, start, stop)
         squares += direction.square_().sum(dim=0)
     scale = _checked_scale(job, edit, magnitude, squares.sqrt_())
     return _Update(edit, lora_a, lora_b, magnitude, scale)
