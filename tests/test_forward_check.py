@@ -26,7 +26,7 @@ from dora_serve.formats import read_adapter
 from dora_serve.forward_check import ForwardOptions, ForwardReport, check_forward
 from dora_serve.progress import Progress
 from dora_serve.prompts import BUILT_IN_PROMPTS, read_prompts
-from tests.cases import SIZES, adapt, build, quiet, rewrite_json, rewrite_tensors, save
+from tests.tiny_models import SIZES, adapt, build, quiet, rewrite_tensors, save
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICK = ForwardOptions(greedy_tokens=4)
@@ -409,7 +409,9 @@ def test_says_why_it_was_not_run(llama: World, tmp_path: Path) -> None:
         base = tmp_path / "base"
         shutil.rmtree(base, ignore_errors=True)
         shutil.copytree(llama.base, base)
-        rewrite_json(base / "config.json", **config)
+        path = base / "config.json"
+        changed = json.loads(path.read_text()) | config
+        path.write_text(json.dumps({key: value for key, value in changed.items() if value is not None}))
         report = check_forward(base, adapter, base, QUICK)
         assert not report.ran
         assert not report.passed

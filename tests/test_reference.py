@@ -19,7 +19,7 @@ from dora_serve.adapter import Adapter, LazyTensor
 from dora_serve.errors import PlanError
 from dora_serve.formats import read_adapter
 from dora_serve.reference import attach_adapter, row_norms
-from tests.cases import LINEARS, SIZES, adapt, build, llama, logits, pixels, quiet, token_pairs, tokens, vary
+from tests.tiny_models import SIZES, adapt, build, logits, pixels, quiet, token_pairs, tokens, vary
 
 # Both sides compute in float64, in another order of operations.
 EXACT = 1e-12
@@ -74,12 +74,16 @@ def _gpt_oss() -> nn.Module:
     return model
 
 
+def llama(**changes: Any) -> nn.Module:
+    return build("AutoModelForCausalLM", "llama", **{**SIZES, "tie_word_embeddings": False, **changes})
+
+
 def _convolutions() -> nn.Module:
     torch.manual_seed(7)
     return vary(_Convolutions())
 
 
-def _signal(_: nn.Module) -> dict[str, Tensor]:
+def _signal() -> dict[str, Tensor]:
     return {"x": torch.randn(2, 3, 20, generator=torch.Generator().manual_seed(5))}
 
 
@@ -87,9 +91,10 @@ def _tied() -> nn.Module:
     return llama(tie_word_embeddings=True)
 
 
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-BOTH: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], dict[str, Tensor]], dict[str, Any]]] = {
-    "llama": (llama, tokens, {"target_modules": list(LINEARS)}),
+BOTH: dict[str, tuple[Callable[[], nn.Module], Callable[[], dict[str, Tensor]], dict[str, Any]]] = {
+    "llama": (llama, tokens, {"target_modules": "all-linear"}),
     "llama, all linear layers and both embeddings": (
         llama,
         tokens,
@@ -126,7 +131,7 @@ BOTH: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], dict[str, T
     "vit": (_vit, pixels, {"target_modules": ["projection", "q_proj", "fc1", "classifier"]}),
     "convolutions": (_convolutions, _signal, {"target_modules": ["line", "plane", "space"]}),
 }
-LORA_ONLY: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], dict[str, Tensor]], dict[str, Any]]] = {
+LORA_ONLY: dict[str, tuple[Callable[[], nn.Module], Callable[[], dict[str, Tensor]], dict[str, Any]]] = {
     "lora_bias": (
         _gpt2,
         tokens,
@@ -153,7 +158,7 @@ LORA_ONLY: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], dict[s
 def test_equals_pefts_unmerged_forward(case: str, use_dora: bool, tmp_path: Path) -> None:
     make, inputs_of, config = (BOTH | LORA_ONLY)[case]
     model = make().double()
-    inputs = inputs_of(model)
+    inputs = inputs_of()
     trained = adapt(model, tmp_path, use_dora=use_dora, r=3, lora_alpha=6, **copy.deepcopy(config))
     expected, base = logits(trained, inputs), logits(model, inputs)
     before = dict(model.named_parameters())
@@ -201,21 +206,21 @@ def test_norms_are_those_of_the_whole_matrix() -> None:
 def test_detaches_when_the_work_fails(tmp_path: Path) -> None:
     model = llama()
     adapt(model, tmp_path, target_modules=["q_proj", "embed_tokens"], modules_to_save=["lm_head"])
-    base = logits(model, tokens(model))
+    base = logits(model, tokens())
 
     class Broken(Exception):
         pass
 
     with pytest.raises(Broken), attach_adapter(model, read_adapter(tmp_path)):
         raise Broken
-    assert torch.equal(logits(model, tokens(model)), base)
+    assert torch.equal(logits(model, tokens()), base)
 
 
 def test_names_without_the_prefix_of_a_head(tmp_path: Path) -> None:
     """An adapter of the model below the head fits the model with it, and the other way round."""
     model = llama().double()
     trained = adapt(model, tmp_path / "whole", target_modules=["q_proj", "up_proj"], use_dora=True)
-    expected = logits(trained, tokens(model))
+    expected = logits(trained, tokens())
     shorter = tmp_path / "shorter"
     shorter.mkdir()
     (shorter / "adapter_config.json").write_text((tmp_path / "whole" / "adapter_config.json").read_text())
@@ -224,19 +229,19 @@ def test_names_without_the_prefix_of_a_head(tmp_path: Path) -> None:
     save_file(renamed, shorter / "adapter_model.safetensors", metadata={"format": "pt"})
 
     with attach_adapter(model, read_adapter(shorter)) as attached:
-        assert float((logits(model, tokens(model)) - expected).abs().max()) <= EXACT * float(expected.abs().max())
+        assert float((logits(model, tokens()) - expected).abs().max()) <= EXACT * float(expected.abs().max())
     assert attached.modules[0].startswith("model.layers.")
     inner: Any = model.model
     with attach_adapter(inner, read_adapter(tmp_path / "whole")) as attached:
-        states = inner(**tokens(model)).last_hidden_state
+        states = inner(**tokens()).last_hidden_state
     assert attached.modules[0].startswith("layers.")
-    assert not torch.equal(states, inner(**tokens(model)).last_hidden_state)
+    assert not torch.equal(states, inner(**tokens()).last_hidden_state)
 
 
 def test_names_of_transformers_4(tmp_path: Path) -> None:
     model = _vit().double()
     trained = adapt(model, tmp_path, target_modules=["q_proj", "fc1"], use_dora=True)
-    expected = logits(trained, pixels(model))
+    expected = logits(trained, pixels())
     path = tmp_path / "adapter_model.safetensors"
     former = {"vit.layers": "vit.encoder.layer", ".q_proj": ".attention.query", "mlp.fc1": "intermediate.dense"}
 
@@ -247,7 +252,7 @@ def test_names_of_transformers_4(tmp_path: Path) -> None:
 
     save_file({rename(name): value for name, value in load_file(path).items()}, path, metadata={"format": "pt"})
     with attach_adapter(model, read_adapter(tmp_path)) as attached:
-        result = logits(model, pixels(model))
+        result = logits(model, pixels())
     assert "vit.layers.0.attention.q_proj" in attached.modules
     assert float((result - expected).abs().max()) <= EXACT * float(expected.abs().max())
 
@@ -267,13 +272,13 @@ def test_experts_of_transformers_4(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
     config = {"peft_type": "LORA", "r": 3, "lora_alpha": 6, "target_modules": ["w1", "w2", "w3"]}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    base = logits(model, tokens(model))
+    base = logits(model, tokens())
     with quiet():
         trained = PeftModel.from_pretrained(copy.deepcopy(model), tmp_path)  # type: ignore[arg-type]
-    expected = logits(trained, tokens(model))
+    expected = logits(trained, tokens())
 
     with attach_adapter(model, read_adapter(tmp_path)) as attached:
-        result = logits(model, tokens(model))
+        result = logits(model, tokens())
     assert len(attached.modules) == 2 * 4 * 3
     # float32, and both sides hold the sum W + s B A in it.
     scale = float(expected.abs().max())
@@ -286,7 +291,7 @@ def test_rounded_is_a_merge_rounded_once(case: str, tmp_path: Path) -> None:
     make, inputs_of, config = BOTH[case]
     # Stored in bfloat16, computed in float64, in which PEFT's merge rounds nothing that is seen after bfloat16.
     model = make().bfloat16().double()
-    inputs = inputs_of(model)
+    inputs = inputs_of()
     trained: Any = adapt(model, tmp_path, use_dora=True, r=3, **copy.deepcopy(config))
     unmerged = logits(trained, inputs)
     with quiet():
@@ -313,14 +318,14 @@ def test_tells_what_no_forward_reached(tmp_path: Path) -> None:
     model = _t5()
     adapt(model, tmp_path, target_modules=["shared", "q"])
     with attach_adapter(model, read_adapter(tmp_path)) as attached:
-        logits(model, token_pairs(model))
+        logits(model, token_pairs())
     assert attached.uncalled == ("shared",)
 
 
 def test_every_problem_at_once(tmp_path: Path) -> None:
     adapt(llama(), tmp_path, target_modules=["q_proj", "up_proj"], modules_to_save=["lm_head"])
     model = llama(intermediate_size=20, num_hidden_layers=1)
-    base = logits(model, tokens(model))
+    base = logits(model, tokens())
     with pytest.raises(PlanError) as raised, attach_adapter(model, read_adapter(tmp_path)):
         pass
     subjects = [problem.subject for problem in raised.value.problems]
@@ -330,7 +335,7 @@ def test_every_problem_at_once(tmp_path: Path) -> None:
         "model.layers.1.self_attn.q_proj",
     ]
     assert "model.layers.0.self_attn.q_proj" in str(raised.value)
-    assert torch.equal(logits(model, tokens(model)), base)
+    assert torch.equal(logits(model, tokens()), base)
 
 
 def _read(folder: Path, **config: Any) -> Adapter:
