@@ -116,9 +116,6 @@ def _add_lora(draft: _Draft, module: LoraWeights) -> None:
     parameter = f"{module.module}.weight"
     own = _own_name(draft, parameter)
     places = (Place(own),) if own else draft.names.find(parameter)
-    if not places and module.kind == "linear":
-        # PEFT puts LoRA on the packed q, k, v of nn.MultiheadAttention under the module's own name.
-        places = draft.names.find(f"{module.module}.in_proj_weight")
     if not places:
         draft.not_found(module.module, parameter)
         return

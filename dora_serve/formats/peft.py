@@ -40,6 +40,7 @@ _MODULES_TO_SAVE = re.compile(r"^(.+)\.modules_to_save\.[^.]+\.(.+)$")
 _UNUSED = re.compile(
     r"\.(original_module|token_adapter\.trainable_tokens_original|lora_monteclora_sampler|lora_velora_\w+)\b"
 )
+_ATTENTION = re.compile(r"^(.+)\.base_layer\.out_proj$")
 _FOREIGN = re.compile(r"(^|[._])(lora|adapter|magnitude|dora|hada|lokr|ia3|oft|delta)([._]|$)", re.IGNORECASE)
 """Parts of an adapter that this reader does not know, by the words that all of them have in their names."""
 
@@ -149,6 +150,13 @@ def _group(tensors: Mapping[str, LazyTensor], config: PeftConfig) -> _Grouped:
             continue
         role, module = _role(name)
         if role is not None:
+            if match := _ATTENTION.match(module):
+                raise UnmergeableError(
+                    f"The adapter cannot be merged: {match[1]} is an nn.MultiheadAttention, and PEFT (0.21.2) adds the "
+                    "update of its out_proj twice, in the forward as in its merge.",
+                    remedy="Merge it with the version of PEFT that trained it.",
+                    module=match[1],
+                )
             if role in grouped.parts[module]:
                 raise AdapterError(
                     f"The adapter holds {role} of {module!r} twice, once as {key!r}.",
