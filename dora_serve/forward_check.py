@@ -314,15 +314,15 @@ class _Check:
             self.notes += made.notes
             self.causal = any(sample.grows == "input_ids" for sample in made.samples)
             self.total = self.runs_planned * len(made.samples)
-            with _as_cannot_run(f"{self.architecture} does not run on {made.description}"):
-                for sample in made.samples:
+            for sample in made.samples:
+                with _as_cannot_run(f"{self.architecture} does not run on {made.description}"):
                     tokens = _greedy(model, sample, self.options.greedy_tokens)
                     self.samples.append(sample.continued(tokens))
                     self.unmerged.append(_logits(model, self.samples[-1]).cpu())
-                    self._tick()
+                self._tick()
             if attached is not None and attached.uncalled:
                 self.notes.append(_uncalled(attached))
-        if not all(bool(torch.isfinite(logits).all()) for logits in self.unmerged):
+        if any(bool((logits.isnan() | logits.isposinf()).any()) for logits in self.unmerged):
             raise _CannotRun(f"The unmerged model's own logits are not finite in {dtype_name(wide)}.")
         if self.options.reference == "peft":
             del model
@@ -417,8 +417,8 @@ class _Check:
             model = model.to(self.device).eval()
         missing = sorted(info["missing_keys"])
         if folder == self.base_folder:
-            brought = {change.name for change in self.adapter.replacements}
-            missing = [name for name in missing if name not in brought]
+            brought = tuple(change.name for change in self.adapter.replacements)
+            missing = [name for name in missing if not name.endswith(brought)]
         if missing:
             shown = f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}"
             raise _CannotRun(
@@ -430,11 +430,14 @@ class _Check:
     def _compare_model(self, model: Any, failing: str) -> Comparison:
         def runs() -> Iterator[tuple[Sample, Tensor, Tensor]]:
             for sample, unmerged in zip(self.samples, self.unmerged, strict=True):
-                yield sample, unmerged, _logits(model, sample)
+                with _as_cannot_run(failing):
+                    logits = _logits(model, sample)
+                if logits.shape != unmerged.shape:
+                    raise _CannotRun(f"{failing}: its output is {list(logits.shape)}, wanted {list(unmerged.shape)}.")
+                yield sample, unmerged, logits
                 self._tick()
 
-        with _as_cannot_run(failing):
-            return compare(runs(), causal=self.causal)
+        return compare(runs(), causal=self.causal)
 
     def _tick(self) -> None:
         self.done += 1

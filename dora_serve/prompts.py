@@ -191,7 +191,10 @@ def _encode(tokenizer: Any, text: str, *, chat: bool) -> list[int]:
 
 
 def _within(model: Any, ids: list[list[int]]) -> list[list[int]]:
-    """Cut to what the model has room for, its continuation included, and to its vocabulary."""
+    """Cut to what the model has room for, its continuation included.
+
+    A tokenizer of a resized vocabulary may know more tokens than the base has rows: those wrap around.
+    """
     room = _text_config(model, "max_position_embeddings")
     rows = _vocabulary(model)
     limit = max(2, int(room) - 32) if isinstance(room, int) and room > 0 else 2048
