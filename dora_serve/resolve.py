@@ -460,14 +460,20 @@ def _require_whole(draft: _Draft) -> None:
     if draft.names.known is None:
         draft.notes.append(f"transformers was not asked whether {draft.names.architecture} is whole.")
         return
-    for name in draft.names.known.missing:
-        if name not in draft.added:
-            draft.problem(
-                name,
-                "no value in the base and none in the adapter",
-                f"one, since the adapter was trained in a {draft.names.architecture}",
-                "it was drawn at random for the training and never saved: add its module to modules_to_save",
+    lacking = [name for name in draft.names.known.missing if name not in draft.added]
+    if ("architectures",) not in draft.config_changes:
+        if lacking:
+            draft.notes.append(
+                f"It was trained in a {draft.names.architecture}, whose {', '.join(lacking[:4])} it lacks."
             )
+        return
+    for name in lacking:
+        draft.problem(
+            name,
+            "no value in the base and none in the adapter",
+            f"one, since the adapter was trained in a {draft.names.architecture}",
+            "it was drawn at random for the training and never saved: add its module to modules_to_save",
+        )
 
 
 _TASK_HEADS: Mapping[str, str] = {
@@ -478,13 +484,15 @@ _TASK_HEADS: Mapping[str, str] = {
 
 
 def _trained_architecture(config: Mapping[str, object], adapter: Adapter) -> str | None:
-    """The class that the adapter's task calls for, None where that is the base's own or there is no telling."""
-    suffix = _TASK_HEADS.get(adapter.task_type or "")
+    """The class with a head that was trained, None where that is the base's own or there is no telling."""
     architectures = config.get("architectures")
-    if suffix is None or not isinstance(architectures, list) or not architectures:
+    if not isinstance(architectures, list) or not architectures:
         return None
-    own = str(architectures[0])
-    return None if own.endswith(suffix) else re.sub(r"(For[A-Z]\w*|(LMHead|DoubleHeads)?Model)$", "", own) + suffix
+    own, suffix = str(architectures[0]), _TASK_HEADS.get(adapter.task_type or "")
+    named = _get(adapter.config, ("auto_mapping", "base_model_class"))  # PEFT names the class where it knows no task
+    if suffix is not None:
+        named = own if own.endswith(suffix) else re.sub(r"(For[A-Z]\w*|(LMHead|DoubleHeads)?Model)$", "", own) + suffix
+    return named if isinstance(named, str) and re.fullmatch(r"\w+For[A-Z]\w+", named) and named != own else None
 
 
 def _describe_head(draft: _Draft, change: Replacement) -> None:

@@ -189,8 +189,8 @@ def _architecture(config: Mapping[str, object]) -> str:
 
 def _groups(names: ParameterNames) -> tuple[TiedGroup, ...] | None:
     """All that is tied, None where nothing here knows the architecture."""
-    architecture = _architecture(names.base.config)
-    if names.architecture is None and architecture in _PLAIN_CAUSAL:
+    architecture = names.architecture or _architecture(names.base.config)
+    if architecture in _PLAIN_CAUSAL:
         source = _PLAIN_CAUSAL[architecture]
         return (TiedGroup(source, frozenset({source, _HEAD})),)
     if names.known is not None:
@@ -200,7 +200,7 @@ def _groups(names: ParameterNames) -> tuple[TiedGroup, ...] | None:
         return tuple(TiedGroup(source, frozenset(group)) for source, group in members.items())
     tables = [name for name in names.base.tensors if _EMBEDDING.search(name)]
     tables = [name for name in tables if not re.search(r"(position|type|wpe)", name)]
-    if names.architecture is None and architecture.endswith(_CAUSAL) and len(tables) == 1:
+    if architecture.endswith(_CAUSAL) and len(tables) == 1:
         return (TiedGroup(tables[0], frozenset({tables[0], _HEAD})),)
     return None
 

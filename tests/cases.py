@@ -171,7 +171,8 @@ def unmerged(base: Path, adapter: Path, like: nn.Module | type, dtype: torch.dty
     """PEFT's own model of a stored base and a stored adapter, all of it in `dtype`."""
     kind = like if isinstance(like, type) else type(like)
     with quiet():
-        model = PeftModel.from_pretrained(kind.from_pretrained(base, dtype=dtype), adapter)  # type: ignore[attr-defined]
+        start = kind.from_pretrained(base, dtype=torch.float32)  # type: ignore[attr-defined]
+        model = PeftModel.from_pretrained(start, adapter)
     return model.to(dtype).eval()
 
 

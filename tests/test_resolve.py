@@ -481,7 +481,8 @@ def train_head(root: Path, base: Any, kind: Any, task: str, config: Mapping[str,
     torch.manual_seed(1)
     labels = {} if task == "QUESTION_ANS" else {"num_labels": 3}
     with quiet():
-        return adapt(kind.from_pretrained(root / "base", **labels), root / "adapter", task_type=task, **config)
+        start = kind.from_pretrained(root / "base", **labels)
+        return adapt(start, root / "adapter", task_type=task or None, **config)
 
 
 HEADS = (
@@ -517,6 +518,30 @@ def test_a_head_that_the_base_lacks(
     inputs = tokens(merged)
     own_error = distance(logits(trained, inputs), truth := logits(trained.double(), inputs))
     assert distance(logits(merged, inputs), truth) <= 4 * own_error
+
+
+def test_a_head_whose_class_peft_names(tmp_path: Path) -> None:
+    """Without a task type: auto_mapping in adapter_config.json says what the encoder was loaded into."""
+    auto = transformers.AutoModelForImageClassification
+    config = dora("q_proj") | {"modules_to_save": ["classifier"]}
+    vit = build("AutoModel", "vit", **VISION)
+    trained = train_head(tmp_path, vit, auto, "", config)
+    merge_to(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    merged = load(tmp_path / "merged", auto, spare="pooler")
+    assert merged.config.architectures == ["ViTForImageClassification"]
+    own_error = distance(logits(trained, pixels(vit)), truth := logits(trained.double(), pixels(vit)))
+    assert distance(logits(merged, pixels(vit)), truth) <= 4 * own_error
+
+
+def test_a_head_that_never_was_saved_is_told_of(tmp_path: Path) -> None:
+    """Nothing of the classifier reached the file: the output is the base's own class, and says so."""
+    auto = transformers.AutoModelForSequenceClassification
+    train_head(tmp_path, build(CAUSAL, "llama", **SIZES), auto, "SEQ_CLS", dora("q_proj"))
+    weights = tmp_path / "adapter" / "adapter_model.safetensors"
+    rewrite_tensors(weights, lambda held: held.pop("base_model.model.score.weight"))
+    planned = plan(tmp_path / "base", tmp_path / "adapter")
+    assert not planned.config_changes
+    assert any("trained in a LlamaForSequenceClassification, whose score.weight" in note for note in planned.notes)
 
 
 def test_a_head_that_was_drawn_at_random_and_never_saved_is_refused(tmp_path: Path) -> None:
