@@ -474,6 +474,6 @@ def _token_rows(grouped: _Grouped, config: PeftConfig) -> list[TokenRows]:
 def _indices_for(module: str, spec: object) -> tuple[int, ...] | None:
     if isinstance(spec, dict):
         spec = next((value for key, value in spec.items() if module == key or module.endswith(f".{key}")), None)
-    if not isinstance(spec, list) or not all(isinstance(index, int) and index >= 0 for index in spec):
+    if not isinstance(spec, list) or not all(type(index) is int and index >= 0 for index in spec):
         return None
     return tuple(spec)
