@@ -7,6 +7,7 @@ output row and `s` inside it. Plain LoRA (arXiv 2106.09685) is `W' = V`.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 import torch
@@ -14,9 +15,28 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 
+MAX_RANK = 1 << 16
+"""The largest denominator of a scaling: of alpha / r, or of alpha / sqrt(r) where r is a square."""
+
+
+def as_ratio(scaling: float) -> tuple[float, float]:
+    """numerator and denominator of the fraction that `scaling` is the nearest float64 of; (scaling, 1) if it is none.
+
+    With 16-bit factors many an element of `W + s B A` lies exactly in the middle of two numbers of the output, and the
+    float64 nearest to alpha / r = 4 / 3 would move it to one side. So products come first, and the division last.
+    """
+    ratio = Fraction(scaling).limit_denominator(MAX_RANK)
+    is_exact = ratio.denominator & (ratio.denominator - 1) == 0
+    if is_exact or float(ratio) != scaling:
+        return scaling, 1.0
+    return float(ratio.numerator), float(ratio.denominator)
+
+
 def delta_weight(lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
     """`s B A`: lora_a (r, in), lora_b (out, r) -> (out, in)."""
-    return (lora_b * scaling) @ lora_a
+    numerator, denominator = as_ratio(scaling)
+    delta = (lora_b * numerator) @ lora_a
+    return delta if denominator == 1 else delta.div_(denominator)
 
 
 def row_norms(direction: Tensor) -> Tensor:
@@ -32,7 +52,9 @@ def norm_scale(magnitude: Tensor, norms: Tensor) -> Tensor:
 
 def add_delta(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, *, out: Tensor | None = None) -> Tensor:
     """`V = W + s B A`: weight (out, in), lora_a (r, in), lora_b (out, r); `out` may be `weight` itself."""
-    return torch.addmm(weight, lora_b * scaling, lora_a, out=out)
+    numerator, denominator = as_ratio(scaling)
+    total = torch.addmm(weight, lora_b * numerator, lora_a, beta=denominator, out=out)
+    return total if denominator == 1 else total.div_(denominator)
 
 
 def merge_weight(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, magnitude: Tensor | None) -> Tensor:
