@@ -94,8 +94,8 @@ def load(folder: Path, like: nn.Module | type, dtype: torch.dtype = torch.float3
     model, report = kind.from_pretrained(folder, dtype=dtype, output_loading_info=True)  # type: ignore[attr-defined]
     over = {name for name in report.pop("unexpected_keys", ()) if not re.search(spare, name)}
     wrong = {key: sorted(map(str, found)) for key, found in report.items() if found}
-    assert not wrong
-    assert not over
+    assert not wrong, wrong
+    assert not over, over
     return model.eval()
 
 

@@ -245,11 +245,24 @@ def test_every_spelling_is_one_adapter(
 
 def test_training_state_beside_the_adapter_is_ignored_and_told(kept: Mapping[str, Path], tmp_path: Path) -> None:
     shutil.copytree(kept["dora"], tmp_path / "adapter")
-    spare = {f"base_model.model.lm_head.original_module.{name}": torch.ones(40, 16) for name in ("weight",)}
+    spare = {"base_model.model.model.layers.0.self_attn.q_proj.lora_velora_projection": torch.ones(3)}
     rewrite_tensors(tmp_path / "adapter" / WEIGHTS, lambda held: held.update(spare))
     read = read_adapter(tmp_path / "adapter")
     assert any("1 tensors of training state" in note for note in read.notes)
-    assert read.modules == read_adapter(tmp_path / "adapter").modules
+    assert read.modules == read_adapter(kept["dora"]).modules
+
+
+def test_an_embedding_that_was_saved_three_times_over(kept: Mapping[str, Path], tmp_path: Path) -> None:
+    """save_embedding_layers with modules_to_save writes it plain, without its adapter's name, and as it was before."""
+    shutil.copytree(kept["dora"], tmp_path / "adapter")
+    head = "base_model.model.lm_head"
+
+    def repeat(held: dict[str, Tensor]) -> None:
+        held[f"{head}.modules_to_save.weight"] = held[f"{head}.weight"].clone()
+        held[f"{head}.original_module.weight"] = torch.zeros(40, 16)
+
+    rewrite_tensors(tmp_path / "adapter" / WEIGHTS, repeat)
+    assert read_adapter(tmp_path / "adapter").replacements == read_adapter(kept["dora"]).replacements
 
 
 def test_a_pickle_is_read_only_when_it_is_allowed(base: Path, kept: Mapping[str, Path], tmp_path: Path) -> None:
@@ -394,6 +407,11 @@ SPOILT: Mapping[str, tuple[str, Callable[[dict[str, Tensor]], object], str]] = {
         "rows",
         without("base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"),
         "the file holds no trained token rows",
+    ),
+    "two heads": (
+        "dora",
+        setting("base_model.model.lm_head.modules_to_save.other.weight", torch.ones(40, 16)),
+        "holds 'lm_head.weight' twice, with different values",
     ),
     "the same twice": ("lora", setting(f"{Q0}.lora_A.default.weight", torch.ones(4, 16)), "holds A of .* twice"),
 }

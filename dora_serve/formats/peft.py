@@ -35,7 +35,8 @@ _SUFFIXES: Mapping[str, re.Pattern[str]] = {
     "magnitude": re.compile(r"^(.+)\.lora_magnitude_vector(?:\.[^.]+)?(?:\.weight)?$"),
     "token_rows": re.compile(rf"^(.+?)(?:\.token_adapter)?\.trainable_tokens_delta{_NAMED}$"),
 }
-_MODULES_TO_SAVE = re.compile(r"^(.+)\.modules_to_save\.[^.]+\.(.+)$")
+# With the name of the adapter, or of an embedding without it (save_embedding_layers).
+_MODULES_TO_SAVE = re.compile(r"^(.+)\.modules_to_save\.(?:[^.]+\.(.+)|(weight|bias))$")
 # Of a wrapped module, raw state dicts also hold what is not used while the adapter is active, and training state.
 _UNUSED = re.compile(
     r"\.(original_module|token_adapter\.trainable_tokens_original|lora_monteclora_sampler|lora_velora_\w+)\b"
@@ -82,7 +83,7 @@ def read(path: Path, allow_pickle: bool, ignore_config: frozenset[str]) -> Adapt
         format="peft",
         modules=modules,
         experts=tuple(_experts(grouped, config)),
-        replacements=tuple(grouped.replacements),
+        replacements=tuple(grouped.replacements.values()),
         token_rows=tuple(_token_rows(grouped, config)),
         base=str(base) if base else None,
         base_revision=str(revision) if revision else None,
@@ -136,7 +137,7 @@ class _Grouped:
     """The file's tensors by module and role, before they are judged."""
 
     parts: dict[str, dict[str, LazyTensor]] = field(default_factory=lambda: defaultdict(dict))
-    replacements: list[Replacement] = field(default_factory=list)
+    replacements: dict[str, Replacement] = field(default_factory=dict)
     unused: set[str] = field(default_factory=set)
     notes: list[str] = field(default_factory=list)
 
@@ -164,7 +165,12 @@ def _group(tensors: Mapping[str, LazyTensor], config: PeftConfig) -> _Grouped:
                 )
             grouped.parts[module][role] = tensor
         elif (replacement := _replacement(name, tensor, config)) is not None:
-            grouped.replacements.append(replacement)
+            first = grouped.replacements.setdefault(replacement.name, replacement)
+            if first is not replacement and not _are_equal(first.tensor, tensor):
+                raise AdapterError(
+                    f"The adapter holds {replacement.name!r} twice, with different values, once as {key!r}.",
+                    remedy="Two adapters were saved into one file; save one of them alone.",
+                )
         else:
             unknown.append(f"{key} {list(tensor.shape)}")
     if unknown:
@@ -175,6 +181,11 @@ def _group(tensors: Mapping[str, LazyTensor], config: PeftConfig) -> _Grouped:
             tensors=unknown,
         )
     return grouped
+
+
+def _are_equal(first: LazyTensor, second: LazyTensor) -> bool:
+    same = first.shape == second.shape and first.dtype == second.dtype
+    return same and torch.equal(first.load(), second.load())
 
 
 def _strip_prefix(key: str) -> str:
@@ -191,9 +202,9 @@ def _role(name: str) -> tuple[str | None, str]:
 
 def _replacement(name: str, tensor: LazyTensor, config: PeftConfig) -> Replacement | None:
     if match := _MODULES_TO_SAVE.match(name):
-        return Replacement(f"{match[1]}.{match[2]}", tensor, "modules_to_save")
+        return Replacement(f"{match[1]}.{match[2] or match[3]}", tensor, "modules_to_save")
     if ".base_layer." in name:
-        plain = name.replace(".base_layer.", ".")
+        plain = name.replace(".token_adapter.base_layer.", ".").replace(".base_layer.", ".")
         is_bias = plain.endswith(".bias") and config.bias in ("all", "lora_only")
         return Replacement(plain, tensor, "bias" if is_bias else "base_layer")
     # PEFT compares the end of a module's path, so that "norm" means "input_layernorm" too (_set_trainable).
