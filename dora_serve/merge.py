@@ -7,6 +7,7 @@ at hand. No tensor and no shard is ever held whole. Unadapted tensors are copied
 from __future__ import annotations
 
 import errno
+import math
 import os
 import threading
 import time
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -29,13 +31,16 @@ from dora_serve.plan import LoraEdit, MergePlan, MergeReport, TensorPlan
 from dora_serve.progress import OnProgress, Progress, ignore_progress
 from dora_serve.safetensors_file import TensorEntry, encode_header, fill
 
-BLOCK_ELEMENTS = 1 << 18
-"""Elements of a row block on a CPU: 2 MB in float64, which stays in the cache and dwarfs the cost of a call."""
+BLOCK_ELEMENTS = 1 << 19
+"""Elements of a row block on a CPU: 4 MB in float64, which stays in the cache and dwarfs the cost of a call."""
 
 CUDA_BLOCK_ELEMENTS = 1 << 22
-COPY_BYTES = 1 << 26
-TASK_ELEMENTS = 1 << 22
+TASK_ELEMENTS = 1 << 24
 """Rows of one tensor are shared out to workers in tasks of this size."""
+
+COPY_BYTES = 1 << 26
+COPY_TASK_BYTES = 1 << 29
+"""Large: workers that copy into one file at a time wait for each other."""
 
 MAX_WORKERS = 8
 """Each worker has buffers of its own, and a few of them are faster than a disk."""
@@ -83,10 +88,7 @@ def merge(
     started = time.monotonic()
     total = plan.nbytes
     require_space(folder, total)
-    headers = {
-        name: encode_header({t: (plan.tensors[t].dtype, plan.tensors[t].shape) for t in tensors}, metadata or {})
-        for name, tensors in plan.files.items()
-    }
+    headers = {name: _header(plan, name, metadata or {}) for name in plan.files}
     targets: dict[str, _Target] = {}
     done = 0
     lock = threading.Lock()
@@ -117,6 +119,13 @@ def merge(
         tensor.name for tensor in plan.edited if tensor.action != "cast" and not changed[tensor.name].is_set()
     )
     return MergeReport(plan, time.monotonic() - started, unchanged)
+
+
+def _header(plan: MergePlan, file: str, metadata: Mapping[str, str]) -> bytes:
+    tensors = {name: (plan.tensors[name].dtype, plan.tensors[name].shape) for name in plan.files[file]}
+    base = plan.base.files.get(file)
+    data_start = min((entry.start for entry in base.tensors.values()), default=0) if base else 0
+    return encode_header(tensors, metadata, data_start)
 
 
 def _default_workers(device: str) -> int:
@@ -193,8 +202,9 @@ def _copy_tasks(
                 continue
         pieces.append((entry.path, entry.start, entry.stop, offset))
     for path, start, stop, at in pieces:
-        for first in range(start, stop, COPY_BYTES):
-            last = min(first + COPY_BYTES, stop)
+        # Cut at round offsets, so that no piece ends within a page.
+        cuts = range((start // COPY_TASK_BYTES + 1) * COPY_TASK_BYTES, stop, COPY_TASK_BYTES)
+        for first, last in pairwise((start, *cuts, stop)):
             where = at + first - start
             yield lambda path=path, first=first, last=last, where=where: _copy(  # type: ignore[misc]
                 path, first, last, target, where, advance
@@ -210,7 +220,7 @@ def _copy(path: Path, start: int, stop: int, target: _Target, offset: int, advan
             try:
                 if not hasattr(os, "copy_file_range"):  # only Linux has it
                     raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
-                count = os.copy_file_range(source, target.descriptor, stop - position, position, to)
+                count = os.copy_file_range(source, target.descriptor, min(stop - position, COPY_BYTES), position, to)
             except OSError as error:
                 if error.errno not in (errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EBADF):
                     raise _read_error(path, error) if error.errno == errno.EIO else error from error
@@ -292,37 +302,70 @@ def _merge_rows(job: _Job, first: int, last: int, width: int) -> None:
             if edit.region.start < last and edit.region.stop > first
         ]
         vectors = [(edit, edit.vector.load().to(job.device, torch.float64)) for edit in plan.vectors]
-        block = stack.enter_context(job.buffers.block(min(step, last - first), width, plan.dtype))
         bounded = _is_bounded(plan, updates)
+        block = stack.enter_context(job.buffers.block(min(step, last - first), width, plan.source.dtype, plan.dtype))
         for start in range(first, last, step):
             stop = min(start + step, last)
-            stored = source.rows(start, stop, width, block.raw)
-            exact = block.exact[: stop - start].copy_(stored)
+            if stop - start < len(block.exact):
+                block = block.head(stop - start)
+            stored = source.rows(start, stop, width, block.stored)
+            exact = block.exact.copy_(stored)
             _replace_rows(exact, start, replaced)
             for update in updates:
                 _apply(job, update, exact, start, stop)
             for edit, vector in vectors:
                 exact.view(-1)[edit.start : edit.start + vector.shape[0]] += vector * edit.scaling
-            merged = round_once(exact, plan.dtype, block.rounding(stop - start)).cpu()
+            merged = block.output(round_once(exact, plan.dtype, block.rounding))
             if not bounded:
-                _require_finite(job, exact, merged)
-            if not job.changed.is_set() and not (merged.dtype == stored.dtype and torch.equal(merged, stored)):
+                _require_finite(job, exact, merged.tensor)
+            if not (job.changed.is_set() or _same(merged.tensor, stored)):
                 job.changed.set()
-            _write(job.target.descriptor, _bytes(merged), job.offset + start * width * plan.dtype.itemsize)
-            job.advance(merged.numel() * plan.dtype.itemsize)
+            _write(job.target.descriptor, merged.view, job.offset + start * width * plan.dtype.itemsize)
+            job.advance(len(merged.view))
+
+
+def _same(merged: Tensor, stored: Tensor) -> bool:
+    return merged.dtype == stored.dtype and torch.equal(merged, stored)
+
+
+@dataclass(frozen=True)
+class _Buffer:
+    """A contiguous tensor on the CPU, and its bytes."""
+
+    tensor: Tensor
+    view: memoryview
+
+    @staticmethod
+    def of(tensor: Tensor) -> _Buffer:
+        view = memoryview(tensor.view(torch.uint8).flatten().numpy().data) if tensor.numel() else memoryview(b"")
+        return _Buffer(tensor, view)
 
 
 @dataclass(frozen=True)
 class _Block:
-    """The buffers of one row block, (rows, width) each."""
+    """The buffers of one row block, (rows, width) each, made once for all blocks of a task: calls are dear.
 
-    raw: Tensor
+    stored: what is read. rounded: what is written, None where it is computed on another device.
+    """
+
+    stored: _Buffer
     exact: Tensor
-    rounding_buffers: RoundingBuffers
+    rounding: RoundingBuffers
+    rounded: _Buffer | None
 
-    def rounding(self, rows: int) -> RoundingBuffers:
-        whole = self.rounding_buffers
-        return RoundingBuffers(whole.single[:rows], whole.marks[:rows], whole.rounded[:rows])
+    @staticmethod
+    def of(stored: Tensor, exact: Tensor, rounding: RoundingBuffers) -> _Block:
+        rounded = _Buffer.of(rounding.rounded) if rounding.rounded.device.type == "cpu" else None
+        return _Block(_Buffer.of(stored), exact, rounding, rounded)
+
+    def head(self, rows: int) -> _Block:
+        whole = self.rounding
+        rounding = RoundingBuffers(whole.single[:rows], whole.marks[:rows], whole.rounded[:rows])
+        return _Block.of(self.stored.tensor[:rows], self.exact[:rows], rounding)
+
+    def output(self, merged: Tensor) -> _Buffer:
+        """`merged`, which is in the buffer for it, on the CPU."""
+        return self.rounded or _Buffer.of(merged.cpu())
 
 
 class _Buffers:
@@ -333,35 +376,29 @@ class _Buffers:
         self._free: SimpleQueue[dict[str, Tensor]] = SimpleQueue()
 
     @contextmanager
-    def block(self, rows: int, width: int, dtype: torch.dtype) -> Iterator[_Block]:
+    def block(self, rows: int, width: int, stored: torch.dtype, dtype: torch.dtype) -> Iterator[_Block]:
         try:
             flat = self._free.get_nowait()
         except Empty:
             flat = {}
-        size = rows * width
 
         def view(name: str, kind: torch.dtype, device: torch.device) -> Tensor:
+            nbytes = rows * width * kind.itemsize
             have = flat.get(name)
-            if have is None or have.numel() < size * kind.itemsize:
-                flat[name] = have = torch.empty(size * kind.itemsize, dtype=torch.uint8, device=device)
-            return have[: size * kind.itemsize].view(kind).view(rows, width)
+            if have is None or have.numel() < nbytes:
+                flat[name] = have = torch.empty(nbytes, dtype=torch.uint8, device=device)
+            return have[:nbytes].view(kind).view(rows, width)
 
-        raw = view("raw", torch.float64, torch.device("cpu")).view(torch.uint8).flatten()
         rounding = RoundingBuffers(
             view("single", torch.float32, self._device),
             view("marks", torch.int32, self._device),
-            view(f"rounded {dtype}", dtype, self._device),
+            view("rounded", dtype, self._device),
         )
+        exact = view("exact", torch.float64, self._device)
         try:
-            yield _Block(raw, view("exact", torch.float64, self._device), rounding)
+            yield _Block.of(view("stored", stored, torch.device("cpu")), exact, rounding)
         finally:
             self._free.put(flat)
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    if not tensor.numel():
-        return memoryview(b"")
-    return memoryview(tensor.view(torch.uint8).flatten().numpy().data)
 
 
 _Rows = Sequence[tuple[tuple[int, ...], Tensor]]
@@ -410,21 +447,21 @@ def _apply(job: _Job, update: _Update, exact: Tensor, start: int, stop: int) -> 
     low, high = max(start, region.start), min(stop, region.stop)
     if low >= high:
         return
-    block = exact[low - start : high - start]
+    block = exact if (low, high) == (start, stop) else exact[low - start : high - start]
     if region.transposed:
         direction = _direction_transposed(update, block, low, high)
         block.copy_(direction if update.scale is None else direction.mul_(update.scale))
         return
-    lora_b = update.lora_b[low - region.start : high - region.start]
-    magnitude = None if update.magnitude is None else update.magnitude[low - region.start : high - region.start]
-    add_delta(block, update.lora_a, lora_b, update.edit.scaling, out=block)
-    if magnitude is not None:
-        block.mul_(_checked_scale(job, update.edit, magnitude, row_norms(block)).unsqueeze(1))
+    rows = slice(low - region.start, high - region.start)
+    add_delta(block, update.lora_a, update.lora_b[rows], update.edit.scaling, out=block)
+    if update.magnitude is not None:
+        block.mul_(_checked_scale(job, update.edit, update.magnitude[rows], row_norms(block)).unsqueeze(1))
 
 
 def _checked_scale(job: _Job, edit: LoraEdit, magnitude: Tensor, norms: Tensor) -> Tensor:
     scale = norm_scale(magnitude, norms)
-    if not bool(torch.isfinite(scale + norms).all()):
+    # What is infinite or NaN stays so in a sum; a norm of zero has made the scale so.
+    if not math.isfinite((scale + norms).sum().item()):
         raise _zero_row(job.plan.name, edit.module)
     return scale
 
@@ -489,14 +526,13 @@ class _Source:
         if self._descriptor is not None:
             os.close(self._descriptor)
 
-    def rows(self, start: int, stop: int, width: int, raw: Tensor | None = None) -> Tensor:
-        """(stop - start, width), in the stored dtype; `raw`, bytes, is where it is read to."""
+    def rows(self, start: int, stop: int, width: int, into: _Buffer | None = None) -> Tensor:
+        """(stop - start, width), in the stored dtype; `into` is where it is read to."""
         if self._whole is not None:
             return self._whole.reshape(-1, width)[start:stop]
         assert isinstance(self._source, TensorEntry)
         assert self._descriptor is not None
-        nbytes = width * self._source.dtype.itemsize
-        buffer = torch.empty((stop - start) * nbytes, dtype=torch.uint8) if raw is None else raw
-        buffer = buffer[: (stop - start) * nbytes]
-        fill(self._descriptor, _bytes(buffer), self._source.start + start * nbytes, self._source.path)
-        return buffer.view(self._source.dtype).view(stop - start, width)
+        buffer = into or _Buffer.of(torch.empty((stop - start, width), dtype=self._source.dtype))
+        offset = self._source.start + start * width * self._source.dtype.itemsize
+        fill(self._descriptor, buffer.view, offset, self._source.path)
+        return buffer.tensor

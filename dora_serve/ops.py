@@ -46,14 +46,14 @@ def row_norms(direction: Tensor) -> Tensor:
 
 
 def norm_scale(magnitude: Tensor, norms: Tensor) -> Tensor:
-    """`m / ||V||`: both (out,). A row of zeros with a magnitude of zero stays zero; otherwise it gives inf."""
-    return torch.where((norms == 0) & (magnitude == 0), torch.zeros_like(magnitude), magnitude / norms)
+    """`m / ||V||`: both (out,). A magnitude of zero gives zero, of a row of zeros as well; any other gives inf there."""
+    return torch.where(magnitude == 0, magnitude, magnitude / norms)
 
 
 def add_delta(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, *, out: Tensor | None = None) -> Tensor:
     """`V = W + s B A`: weight (out, in), lora_a (r, in), lora_b (out, r); `out` may be `weight` itself."""
     numerator, denominator = as_ratio(scaling)
-    total = torch.addmm(weight, lora_b * numerator, lora_a, beta=denominator, out=out)
+    total = torch.addmm(weight, lora_b, lora_a, beta=denominator, alpha=numerator, out=out)
     return total if denominator == 1 else total.div_(denominator)
 
 
@@ -93,30 +93,37 @@ def round_once(exact: Tensor, dtype: torch.dtype, buffers: RoundingBuffers | Non
     if dtype not in (torch.bfloat16, torch.float16):
         return exact.to(dtype) if buffers is None else buffers.rounded.copy_(exact)
     single = exact.to(torch.float32) if buffers is None else buffers.single.copy_(exact)
-    marks = torch.empty_like(single, dtype=torch.int32) if buffers is None else buffers.marks
-    dropped = _MANTISSA_BITS[torch.float32] - _MANTISSA_BITS[dtype]
-    # A middle has zeros below the first dropped bit; so have the 16-bit numbers themselves, which a step leaves alone.
-    torch.bitwise_left_shift(single.view(torch.int32), 33 - dropped, out=marks)
-    torch.eq(marks, 0, out=marks)
-    if marks.numel():
-        rows = marks.amax(dim=1).cpu().numpy().nonzero()[0]
+    below = (1 << (_MANTISSA_BITS[torch.float32] - _MANTISSA_BITS[dtype] - 1)) - 1
+    if single.numel():
+        doubtful = _doubtful_rows(single, below, None if buffers is None else buffers.marks)
+        rows = np.flatnonzero(doubtful.cpu().numpy())
         if rows.size:
-            _step_towards(single, exact, marks, rows)
+            _step_towards(single, exact, below, rows)
     return single.to(dtype) if buffers is None else buffers.rounded.copy_(single)
 
 
-def _step_towards(single: Tensor, exact: Tensor, marks: Tensor, rows: NDArray[np.int64]) -> None:
-    """Move the marked elements of `single` that differ from `exact` one step towards it, in place.
+def _doubtful_rows(single: Tensor, below: int, marks: Tensor | None) -> Tensor:
+    """(rows,) whether one of a row could be a middle: it has zeros `below` the first bit that is dropped."""
+    if below == 0x7FFF:
+        # The dropped half of a middle between two bfloat16 numbers is the least of all int16, so that one pass finds it.
+        return single.view(torch.int16).amin(dim=1) == torch.iinfo(torch.int16).min
+    return torch.bitwise_and(single.view(torch.int32), below, out=marks).amin(dim=1) == 0
 
-    A handful of elements of a few rows: numpy's small calls cost a tenth of torch's.
+
+def _step_towards(single: Tensor, exact: Tensor, below: int, rows: NDArray[np.int64]) -> None:
+    """Move what could be a middle and differs from `exact` one step towards it, in place, in some rows.
+
+    The 16-bit numbers themselves have such zeros as well; they are what `exact` is, or a step leaves them what they
+    are rounded to. A handful of elements: numpy's small calls cost a tenth of torch's.
     """
     if single.device.type == "cpu":
-        near, true, marked = single.numpy(), exact.numpy(), np.flatnonzero(marks.numpy()[rows] != 0)
+        near, true = single.numpy(), exact.numpy()
+        marked = np.flatnonzero(near.view(np.int32)[rows] & below == 0)
         where = (rows[marked // single.shape[1]], marked % single.shape[1])
         near[where] = _nearer(near[where], true[where])
         return
     index = torch.from_numpy(rows).to(single.device)
-    marked_there = marks[index].nonzero(as_tuple=True)
+    marked_there = (single.view(torch.int32)[index] & below == 0).nonzero(as_tuple=True)
     there = (index[marked_there[0]], marked_there[1])
     moved = _nearer(single[there].cpu().numpy(), exact[there].cpu().numpy())
     single[there] = torch.from_numpy(moved).to(single.device)

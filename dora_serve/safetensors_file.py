@@ -189,14 +189,20 @@ def read_tensor(entry: TensorEntry) -> Tensor:
     return torch.frombuffer(read_bytes(entry.path, entry.start, entry.stop), dtype=entry.dtype).view(entry.shape)
 
 
+PAGE_BYTES = 4096
+
 METADATA_ROOM = 4096
 """Spaces left at the end of a header that is written, so that `replace_metadata` can say more later."""
 
 
-def encode_header(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
+def encode_header(
+    tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str], data_start: int = 0
+) -> bytes:
     """The 8-byte length and the JSON header of a file that holds `tensors` one after the other in this order.
 
-    The header is padded with spaces, which the format allows, so that the data starts on a multiple of 8.
+    The header is padded with spaces, which the format allows, so that the data starts on a multiple of 8, and as far
+    into a page as `data_start` is: what is copied from a file whose data starts there keeps its place in a page, so
+    that the kernel can copy whole pages, or share them where the file system does.
     """
     entries: dict[str, object] = {}
     position = 0
@@ -205,7 +211,7 @@ def encode_header(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], me
         entries[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [position, stop]}
         position = stop
     header = _dump(entries, metadata) + b" " * METADATA_ROOM
-    header += b" " * (-len(header) % 8)
+    header += b" " * ((data_start // 8 * 8 - 8 - len(header)) % PAGE_BYTES)
     return len(header).to_bytes(8, "little") + header
 
 
