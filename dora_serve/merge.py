@@ -459,9 +459,12 @@ def _apply(job: _Job, update: _Update, exact: Tensor, start: int, stop: int) -> 
 
 
 def _checked_scale(job: _Job, edit: LoraEdit, magnitude: Tensor, norms: Tensor) -> Tensor:
+    scale = magnitude / norms
+    # The sum of the magnitudes, unless something is NaN or infinite: it stays so in a sum of products.
+    if math.isfinite(torch.dot(scale, norms).item()):
+        return scale
     scale = norm_scale(magnitude, norms)
-    # What is infinite or NaN stays so in a sum; a norm of zero has made the scale so.
-    if not math.isfinite((scale + norms).sum().item()):
+    if not bool(torch.isfinite(scale + norms).all()):
         raise _zero_row(job.plan.name, edit.module)
     return scale
 

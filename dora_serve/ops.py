@@ -8,17 +8,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-
 MAX_RANK = 1 << 16
 """The largest denominator of a scaling: of alpha / r, or of alpha / sqrt(r) where r is a square."""
 
 
+@lru_cache
 def as_ratio(scaling: float) -> tuple[float, float]:
     """numerator and denominator of the fraction that `scaling` is the nearest float64 of; (scaling, 1) if it is none.
 
@@ -46,7 +47,7 @@ def row_norms(direction: Tensor) -> Tensor:
 
 
 def norm_scale(magnitude: Tensor, norms: Tensor) -> Tensor:
-    """`m / ||V||`: both (out,). A magnitude of zero gives zero, of a row of zeros as well; any other gives inf there."""
+    """`m / ||V||`: both (out,). A magnitude of 0 gives 0, for a row of zeros too, where any other gives inf."""
     return torch.where(magnitude == 0, magnitude, magnitude / norms)
 
 
@@ -105,7 +106,7 @@ def round_once(exact: Tensor, dtype: torch.dtype, buffers: RoundingBuffers | Non
 def _doubtful_rows(single: Tensor, below: int, marks: Tensor | None) -> Tensor:
     """(rows,) whether one of a row could be a middle: it has zeros `below` the first bit that is dropped."""
     if below == 0x7FFF:
-        # The dropped half of a middle between two bfloat16 numbers is the least of all int16, so that one pass finds it.
+        # The half of a float32 that is dropped is the least of all int16 in a middle, so that one pass finds it.
         return single.view(torch.int16).amin(dim=1) == torch.iinfo(torch.int16).min
     return torch.bitwise_and(single.view(torch.int32), below, out=marks).amin(dim=1) == 0
 

@@ -6,6 +6,7 @@ exists there, which parameter of an expert is meant and what has to be untied is
 
 from __future__ import annotations
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Mapping
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dora_serve.adapter import Adapter, ExpertLora, Kind, LazyTensor, LoraWeights, Replacement, TokenRows
-from dora_serve.errors import AdapterError, UnmergeableError
+from dora_serve.errors import AdapterError, CheckpointError, UnmergeableError
 from dora_serve.formats.peft_config import CONFIG_NAME, PeftConfig, read_config
 from dora_serve.safetensors_file import open_safetensors, read_tensor
 
@@ -99,8 +100,8 @@ def _open_weights(path: Path, allow_pickle: bool) -> tuple[dict[str, LazyTensor]
     if safetensors.is_file():
         try:
             header = open_safetensors(safetensors)
-        except Exception as error:
-            raise AdapterError(str(error), path=str(safetensors)) from error
+        except CheckpointError as error:
+            raise AdapterError(error.message, remedy=error.remedy, path=str(safetensors)) from error
         lazy = {
             name: LazyTensor(entry.shape, entry.dtype, lambda entry=entry: read_tensor(entry))  # type: ignore[misc]
             for name, entry in header.tensors.items()
@@ -123,12 +124,16 @@ def _open_weights(path: Path, allow_pickle: bool) -> tuple[dict[str, LazyTensor]
         state = torch.load(pickle, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises a dozen kinds on hostile or truncated input
         raise AdapterError(
-            f"{str(pickle)!r} cannot be read as weights only: {error}.",
+            f"{str(pickle)!r} cannot be read as weights only: {str(error).partition(chr(10))[0]}",
             remedy="Convert it to safetensors where it was made.",
             path=str(pickle),
         ) from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise AdapterError(f"{str(pickle)!r} holds no dictionary of tensors.", path=str(pickle))
+        raise AdapterError(
+            f"{str(pickle)!r} holds a {type(state).__name__}, wanted a dictionary of tensors.",
+            remedy="Save the adapter's state_dict, or better, save it as safetensors.",
+            path=str(pickle),
+        )
     return {str(name): LazyTensor.of(value.detach().contiguous()) for name, value in state.items()}, pickle
 
 
@@ -224,6 +229,8 @@ def _require_finite(tensors: Mapping[str, LazyTensor], unused: set[str]) -> None
         tensor = lazy.load()
         if tensor.dtype.itemsize == 1:  # no isfinite kernel for float8
             tensor = tensor.float()
+        if math.isfinite(tensor.sum(dtype=torch.float64).item()):  # one pass, where counting takes several
+            continue
         wrong = tensor.numel() - int(torch.isfinite(tensor).sum())
         if wrong:
             bad.append(f"{key} ({wrong} of {tensor.numel()})")
@@ -343,7 +350,10 @@ def _block_diagonal(
     blocks = config.block_diagonal.get("nblocks")
     stored = lora_a if factor == "A" else lora_b
     if not isinstance(blocks, int) or blocks < 1 or stored.shape[0] % blocks:
-        raise AdapterError(f"{module}: {list(stored.shape)} cannot be cut into nblocks = {blocks!r} blocks.")
+        raise AdapterError(
+            f"{module}: {list(stored.shape)} cannot be cut into nblocks = {blocks!r} blocks.",
+            remedy=f"Restore the {CONFIG_NAME} of this training.",
+        )
 
     def assemble(tensor: Tensor) -> Tensor:
         assembled: Tensor = torch.block_diag(*tensor.chunk(blocks, dim=0))
