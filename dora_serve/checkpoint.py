@@ -66,6 +66,12 @@ def open_checkpoint(folder: Path) -> ShardedCheckpoint:
     if folder.is_file() and folder.suffix == ".safetensors":
         file = open_safetensors(folder)
         return ShardedCheckpoint(folder.parent, {folder.name: file}, file.tensors, None, {}, read_json(folder.parent))
+    if folder.is_file():
+        raise CheckpointError(
+            f"{str(folder)!r} is a file, wanted a folder or a .safetensors file.",
+            remedy="Give the model's folder.",
+            path=str(folder),
+        )
     if not folder.is_dir():
         raise CheckpointError(no_such_path("The checkpoint", folder), remedy="Check the path.", path=str(folder))
     index = _find_index(folder)
@@ -88,9 +94,15 @@ def read_json(folder: Path, name: str = CONFIG_NAME) -> dict[str, object]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{str(path)!r} cannot be read as JSON: {error}.", path=str(path)) from error
+        raise CheckpointError(
+            f"{str(path)!r} cannot be read as JSON: {error}.", remedy="Fetch or save it again.", path=str(path)
+        ) from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"{str(path)!r} holds a {type(value).__name__}, wanted an object.", path=str(path))
+        raise CheckpointError(
+            f"{str(path)!r} holds a {type(value).__name__}, wanted an object.",
+            remedy="Fetch or save it again.",
+            path=str(path),
+        )
     return value
 
 
@@ -163,7 +175,7 @@ def _read_index(path: Path) -> tuple[dict[str, str], dict[str, object]]:
     if not isinstance(weight_map, dict) or not weight_map or not isinstance(metadata, dict):
         raise CheckpointError(f"{str(path)!r} has no weight_map.", remedy="Fetch it again.", path=str(path))
     for tensor, name in weight_map.items():
-        plain = isinstance(name, str) and Path(name).name == name and name not in (".", "..") and "\\" not in name
+        plain = isinstance(name, str) and name and Path(name).name == name != ".." and not {"\\", "\0"} & set(name)
         if not plain:
             raise CheckpointError(
                 f"{str(path)!r} places {tensor!r} in {name!r}: wanted the plain name of a file beside the index.",
@@ -172,7 +184,9 @@ def _read_index(path: Path) -> tuple[dict[str, str], dict[str, object]]:
             )
         if not name.endswith(".safetensors"):
             raise CheckpointError(
-                f"{str(path)!r} places {tensor!r} in {name!r}: wanted a .safetensors file.", path=str(path)
+                f"{str(path)!r} places {tensor!r} in {name!r}: wanted a .safetensors file.",
+                remedy="Pickles are not read. Convert them with transformers' save_pretrained.",
+                path=str(path),
             )
     return weight_map, metadata
 

@@ -229,7 +229,11 @@ def _copy(path: Path, start: int, stop: int, target: _Target, offset: int, advan
                 _write(target.descriptor, memoryview(buffer), to)
                 count = len(buffer)
             if count == 0:
-                raise CheckpointError(f"{str(path)!r} ended early, at byte {position}.", path=str(path))
+                raise CheckpointError(
+                    f"{str(path)!r} ended early, at byte {position}.",
+                    remedy="It was changed or truncated while it was read.",
+                    path=str(path),
+                )
             position, to = position + count, to + count
             advance(count)
     finally:
@@ -459,12 +463,9 @@ def _apply(job: _Job, update: _Update, exact: Tensor, start: int, stop: int) -> 
 
 
 def _checked_scale(job: _Job, edit: LoraEdit, magnitude: Tensor, norms: Tensor) -> Tensor:
-    scale = magnitude / norms
-    # The sum of the magnitudes, unless something is NaN or infinite: it stays so in a sum of products.
-    if math.isfinite(torch.dot(scale, norms).item()):
-        return scale
     scale = norm_scale(magnitude, norms)
-    if not bool(torch.isfinite(scale + norms).all()):
+    # The sum of the magnitudes, unless something is NaN or infinite: it stays so in a sum of products.
+    if not math.isfinite(torch.dot(scale, norms).item()):
         raise _zero_row(job.plan.name, edit.module)
     return scale
 

@@ -153,7 +153,11 @@ def read_bytes(path: Path, start: int, stop: int) -> bytearray:
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except OSError as error:
-        raise CheckpointError(f"{str(path)!r} cannot be opened: {error.strerror}.", path=str(path)) from error
+        raise CheckpointError(
+            f"{str(path)!r} cannot be opened: {error.strerror}.",
+            remedy="Check that it is there and that you may read it.",
+            path=str(path),
+        ) from error
     try:
         fill(descriptor, memoryview(buffer), start, path)
     finally:

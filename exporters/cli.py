@@ -8,11 +8,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import signal
 import sys
 import threading
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +34,12 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     merge = commands.add_parser("merge", help="merge an adapter into its base, verify the result, export it")
-    merge.add_argument("adapter", metavar="ADAPTER", help="folder, or Hub id as user/name[@revision][:folder]")
-    merge.add_argument("--base", help="the base model: folder or Hub id; default: what the adapter names")
+    merge.add_argument(
+        "adapter", type=_named, metavar="ADAPTER", help="folder, or Hub id as user/name[@revision][:folder]"
+    )
+    merge.add_argument("--base", type=_named, help="the base model: folder or Hub id; default: what the adapter names")
     merge.add_argument("--to", choices=EXPORTER_NAMES, default="safetensors", help="what to write (%(default)s)")
-    merge.add_argument("-o", "--out", type=Path, metavar="OUT", help="the folder to make")
+    merge.add_argument("-o", "--out", type=_path, metavar="OUT", help="the folder to make")
     merge.add_argument("--dtype", choices=DTYPE_NAMES, help="of all floating tensors; default: each tensor's own")
     merge.add_argument("--dry-run", action="store_true", help="print the plan and write nothing")
     merge.add_argument("--no-verify", action="store_true", help="write without proof (dora_export.json says so)")
@@ -47,21 +50,21 @@ def build_parser() -> argparse.ArgumentParser:
     merge.set_defaults(run=_merge)
 
     verify = commands.add_parser("verify", help="check a merged folder, whoever made it, against base and adapter")
-    verify.add_argument("merged", metavar="MERGED", type=Path, help="the merged model's folder")
-    verify.add_argument("--adapter", required=True, help="the adapter that was merged: folder or Hub id")
-    verify.add_argument("--base", required=True, help="the base that it was merged into: folder or Hub id")
+    verify.add_argument("merged", metavar="MERGED", type=_path, help="the merged model's folder")
+    verify.add_argument("--adapter", required=True, type=_named, help="the adapter that was merged: folder or Hub id")
+    verify.add_argument("--base", required=True, type=_named, help="the base that it was merged into: folder or Hub id")
     _add_verification(verify)
     _add_reading(verify)
     verify.set_defaults(run=_verify)
 
     inspect = commands.add_parser("inspect", help="show what an adapter is, and whether it fits a base")
-    inspect.add_argument("adapter", metavar="ADAPTER", help="folder or Hub id")
-    inspect.add_argument("--base", help="folder or Hub id: also show what a merge into it would do")
+    inspect.add_argument("adapter", type=_named, metavar="ADAPTER", help="folder or Hub id")
+    inspect.add_argument("--base", type=_named, help="folder or Hub id: also show what a merge into it would do")
     _add_reading(inspect)
     inspect.set_defaults(run=_inspect)
 
     demo = commands.add_parser("demo-base", help="make a small real base model (SmolLM2-135M-Instruct) from a package")
-    demo.add_argument("folder", metavar="DIR", type=Path)
+    demo.add_argument("folder", metavar="DIR", type=_path)
     demo.add_argument("--json", action="store_true", help="print one JSON object")
     demo.set_defaults(run=_demo_base)
     return parser
@@ -72,7 +75,9 @@ def _add_verification(parser: argparse.ArgumentParser) -> None:
         "--reference", choices=("native", "peft"), default="native", help="whose unmerged forward is the measure"
     )
     parser.add_argument("--prompts", type=Path, metavar="FILE", help="one a line, or .jsonl with a prompt each")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N (auto: verify on a GPU if any)")
+    parser.add_argument(
+        "--device", type=_device, default="auto", help="auto, cpu, cuda, cuda:N (auto: verify on a GPU if any)"
+    )
 
 
 def _add_reading(parser: argparse.ArgumentParser) -> None:
@@ -91,10 +96,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.given = ("dora-export", *given)
     if options.command == "merge" and options.out is None and not options.dry_run:
         parser.error("merge: give the folder to make with -o OUT, or --dry-run")
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _terminated)
     try:
-        return int(options.run(options))
+        with _one_interrupt():
+            return int(options.run(options))
     except DoraServeError as error:
         _print_error(error, as_json=options.json)
         return EXIT_FAILED
@@ -107,8 +111,42 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_FAILED
 
 
-def _terminated(*_: object) -> None:
-    raise KeyboardInterrupt
+@contextmanager
+def _one_interrupt() -> Iterator[None]:
+    """Turn the first SIGINT or SIGTERM into KeyboardInterrupt, and let no second one break into the clearing up."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def interrupt(*_: object) -> None:
+        for number in before:
+            signal.signal(number, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    for number in before:
+        signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _device(text: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no device: wanted auto, cpu, cuda or cuda:N")
+    return text
+
+
+def _named(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty: wanted a folder or a Hub id")
+    return text
+
+
+def _path(text: str) -> Path:
+    return Path(_named(text))
 
 
 def _print_error(error: DoraServeError, *, as_json: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -123,10 +124,17 @@ def run_export(request: ExportRequest, on_progress: OnProgress = ignore_progress
 
 
 def require_device(device: str) -> None:
-    """Raise UnavailableError where `device` is a GPU and this machine has none."""
-    if device.startswith("cuda") and not torch.cuda.is_available():
+    """Raise UnavailableError where `device` is a GPU that this machine does not have, or no device at all."""
+    match = re.fullmatch(r"auto|cpu|cuda(?::(\d+))?", device)
+    if match is None:
         raise UnavailableError(
-            f"--device {device} was asked for, and torch finds no CUDA device here.",
+            f"--device {device!r} is not known here: wanted auto, cpu, cuda or cuda:N.",
+            remedy="Leave --device away to use the CPU.",
+        )
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.startswith("cuda") and int(match[1] or 0) >= found:
+        raise UnavailableError(
+            f"--device {device} was asked for, and torch finds {found or 'no'} CUDA devices here.",
             remedy="Leave --device away to use the CPU, or install a CUDA build of torch.",
         )
 

@@ -22,7 +22,7 @@ def blocks(language: str) -> list[str]:
 def desk(tmp_path_factory: pytest.TempPathFactory, smollm2: Path) -> Path:
     """A folder like the reader's: the example adapters, and the base that `demo-base` finds made already."""
     folder = tmp_path_factory.mktemp("readme")
-    (folder / "adapters").symlink_to(ROOT / "examples" / "adapters")
+    (folder / "examples").symlink_to(ROOT / "examples")
     (folder / "base").symlink_to(smollm2)
     return folder
 

@@ -91,7 +91,11 @@ def read_config(folder: Path, ignore: frozenset[str]) -> PeftConfig:
             path=str(path),
         ) from error
     if not isinstance(raw, dict):
-        raise AdapterError(f"{str(path)!r} holds a {type(raw).__name__}, wanted a JSON object.", path=str(path))
+        raise AdapterError(
+            f"{str(path)!r} holds a {type(raw).__name__}, wanted a JSON object.",
+            remedy="Copy the adapter again, or restore the file from the trainer's output.",
+            path=str(path),
+        )
     peft_type = raw.get("peft_type")
     if peft_type != "LORA":
         raise AdapterError(
@@ -131,7 +135,11 @@ def read_config(folder: Path, ignore: frozenset[str]) -> PeftConfig:
 
 def _checked(raw: Mapping[str, object], path: Path) -> PeftConfig:
     def wrong(key: str, wanted: str) -> AdapterError:
-        return AdapterError(f"{str(path)!r} says {key} = {raw.get(key)!r}, wanted {wanted}.", key=key)
+        return AdapterError(
+            f"{str(path)!r} says {key} = {raw.get(key)!r}, wanted {wanted}.",
+            remedy="Restore the file from the trainer's output.",
+            key=key,
+        )
 
     def number(key: str, default: float) -> float:
         value = raw.get(key, default)
@@ -191,6 +199,7 @@ def _expert_slowest(raw: Mapping[str, object], path: Path) -> bool:
     if layout not in ("rank_major", "grouped_by_expert"):
         raise AdapterError(
             f"{str(path)!r} says lora_B_layout = {layout!r}, wanted 'rank_major' or 'grouped_by_expert'.",
+            remedy="Save the adapter again with a version of its trainer that uses one of these.",
             layout=layout,
         )
     return layout == "grouped_by_expert"
