@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from exporters.cli import main
-from tests.cases import adapt, build, llama, load, read_tensors, rewrite_json, rewrite_tensors, save
+from tests.cases import adapt, ask_here, build, llama, load, read_tensors, rewrite_json, rewrite_tensors, save
 
 ROOT = Path(__file__).resolve().parent.parent
 WEIGHTS, CONFIG, MODEL = "adapter_model.safetensors", "adapter_config.json", "model.safetensors"
@@ -80,6 +80,11 @@ def world(sound: World, tmp_path: Path) -> World:
 
 
 @pytest.fixture(autouse=True)
+def _ask_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dora_serve.names.runtime_names", ask_here)
+
+
+@pytest.fixture(autouse=True)
 def handlers() -> Iterator[None]:
     """The command sets a handler for SIGTERM in its process, which here is the tests'."""
     before = signal.getsignal(signal.SIGTERM)
@@ -129,6 +134,22 @@ def refused(arguments: list[str], world: World, capsys: pytest.CaptureFixture[st
 Spoil = Callable[[World], object]
 
 
+def empty(folder: Path) -> Path:
+    shutil.rmtree(folder)
+    folder.mkdir()
+    return folder
+
+
+def turn_into_a_file(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.write_text("x")
+
+
+def turn_into_a_loop(path: Path) -> None:
+    path.unlink()
+    path.symlink_to(path.name)
+
+
 def header(path: Path, table: object, data: bytes = b"", length: int | None = None) -> None:
     """A safetensors file from its parts."""
     text = table if isinstance(table, bytes) else dump(table)
@@ -175,7 +196,7 @@ FILES: Mapping[str, tuple[Callable[[Path], object], str]] = {
         "lies in 8 bytes, wanted 4835703278458516698824704 bytes",
     ),
     "a shape of words": (lambda path: header(path, {"a": entry(0, 8, ["2"])}, bytes(8)), "is malformed"),  # type: ignore[list-item]
-    "a link to itself": (lambda path: (path.unlink(), path.symlink_to(path.name)), "cannot be read"),
+    "a link to itself": (turn_into_a_loop, "cannot be read"),
 }
 
 
@@ -259,12 +280,12 @@ ADAPTERS: Mapping[str, tuple[Spoil, str]] = {
     "no configuration": (lambda world: (world.adapter / CONFIG).unlink(), "has no adapter_config.json"),
     "no weights": (lambda world: (world.adapter / WEIGHTS).unlink(), "a configuration and no weights"),
     "nothing in the folder": (
-        lambda world: (shutil.rmtree(world.adapter), world.adapter.mkdir()),
+        lambda world: empty(world.adapter),
         "got nothing, wanted a folder with adapter_config.json",
     ),
     "no folder": (lambda world: shutil.rmtree(world.adapter), "does not exist"),
     "a file": (
-        lambda world: (shutil.rmtree(world.adapter), world.adapter.write_text("x")),
+        lambda world: turn_into_a_file(world.adapter),
         "holds no adapter that is known here",
     ),
     "of other modules": (
@@ -304,7 +325,7 @@ class Bomb:
 def test_a_pickle_is_not_opened_unless_asked_and_never_runs(world: World, capsys: pytest.CaptureFixture[str]) -> None:
     (world.adapter / WEIGHTS).unlink()
     trace = world.root / "ran"
-    (world.adapter / "adapter_model.bin").write_bytes(pickle.dumps({"a": Bomb(trace)}))
+    (world.adapter / "adapter_model.bin").write_bytes(pickle.dumps({"a": Bomb(trace)}, protocol=2))
     assert "a pickle, which can run code" in refused(world.merge(), world, capsys)
     said = refused([*world.merge(), "--allow-pickle"], world, capsys)
     assert "cannot be read as weights only" in said
@@ -317,6 +338,9 @@ def test_an_allowed_pickle_that_holds_something_else(world: World, capsys: pytes
     assert "holds a list, wanted a dictionary of tensors" in refused([*world.merge(), "--allow-pickle"], world, capsys)
 
 
+GPT2 = {"vocab_size": 40, "n_embd": 16, "n_layer": 1, "n_head": 2}
+
+
 def only_pickles(world: World) -> None:
     torch.save(load_file(world.base / MODEL), world.base / "pytorch_model.bin")
     (world.base / MODEL).unlink()
@@ -327,31 +351,29 @@ def of_integers(world: World) -> None:
     rewrite_tensors(world.base / MODEL, lambda held: held.update({name: held[name].to(torch.int8)}))
 
 
+def fill(name: str, value: float) -> Spoil:
+    return lambda world: rewrite_tensors(world.base / MODEL, lambda held: held[name][3].fill_(value))
+
+
 BASES: Mapping[str, tuple[Spoil, str]] = {
     "no folder": (lambda world: shutil.rmtree(world.base), "does not exist"),
-    "an empty folder": (lambda world: (shutil.rmtree(world.base), world.base.mkdir()), "got an empty folder, wanted"),
-    "a file": (
-        lambda world: (shutil.rmtree(world.base), world.base.write_text("x")),
-        "a file, wanted a folder",
-    ),
+    "an empty folder": (lambda world: empty(world.base), "got an empty folder, wanted"),
+    "a file": (lambda world: turn_into_a_file(world.base), "a file, wanted a folder"),
     "a pickle": (only_pickles, "Pickles are not read"),
     "an adapter": (
-        lambda world: (shutil.rmtree(world.base), shutil.copytree(world.adapter, world.base)),
+        lambda world: shutil.copytree(world.adapter, empty(world.base), dirs_exist_ok=True),
         "This is an adapter, not a base model",
     ),
     "other names": (
-        lambda world: (
-            shutil.rmtree(world.base),
-            save(build("AutoModelForCausalLM", "gpt2", vocab_size=40, n_embd=16, n_layer=1, n_head=2), world.base),
-        ),
+        lambda world: save(build("AutoModelForCausalLM", "gpt2", **GPT2), empty(world.base)),
         "no tensor 'model.layers.0.self_attn.q_proj.weight' in the base",
     ),
     "another size": (
-        lambda world: (shutil.rmtree(world.base), save(llama(hidden_size=32, head_dim=16), world.base)),
+        lambda world: save(llama(hidden_size=32, head_dim=16), empty(world.base)),
         r"for a base weight of \[32, 32\]",
     ),
     "fewer layers": (
-        lambda world: (shutil.rmtree(world.base), save(llama(num_hidden_layers=1), world.base)),
+        lambda world: save(llama(num_hidden_layers=1), empty(world.base)),
         "model.layers.1.self_attn.q_proj",
     ),
     "quantized": (
@@ -360,9 +382,7 @@ BASES: Mapping[str, tuple[Spoil, str]] = {
     ),
     "integers": (of_integers, "dtype int8, wanted float64, float32, bfloat16 or float16"),
     "a NaN where it is adapted": (
-        lambda world: rewrite_tensors(
-            world.base / MODEL, lambda held: held["model.layers.0.mlp.down_proj.weight"][3].fill_(float("nan"))
-        ),
+        fill("model.layers.0.mlp.down_proj.weight", float("nan")),
         "is zero or not finite",
     ),
 }
@@ -559,10 +579,8 @@ def test_wrong_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -
     assert "usage:" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("device", ["cuda:99", "cuda:x", "banana", "meta", ""])
-def test_a_device_that_is_not_here(device: str, world: World, capsys: pytest.CaptureFixture[str]) -> None:
-    said = refused([*world.merge(), "--device", device], world, capsys)
-    assert "--device" in said
+def test_a_device_that_is_not_here(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--device cuda:99" in refused([*world.merge(), "--device", "cuda:99"], world, capsys)
 
 
 # The other commands
