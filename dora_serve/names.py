@@ -131,7 +131,12 @@ class ParameterNames:
         return None
 
     def _origin(self, parameter: str) -> Origin | None:
-        return self.known.origins.get(parameter) if self.known else None
+        """Where transformers finds it, None where that is nowhere in this base (it was asked of the folder, and a base
+        with other layers than its folder's has other names)."""
+        origin = self.known.origins.get(parameter) if self.known else None
+        if origin is None or any(name not in self.base.tensors for group in origin.groups for name in group):
+            return None
+        return origin
 
     @cached_property
     def known(self) -> RuntimeNames | None:

@@ -79,7 +79,7 @@ def plan_merge(base: ShardedCheckpoint, adapter: Adapter, *, dtype: torch.dtype 
             draft.notes.append(f"The base's layers are repeated: {adapter.config['layer_replication']}.")
     _untie(draft, adapter)
     for replacement in adapter.replacements:
-        _replace(draft, replacement)
+        _replace(draft, adapter, replacement)
     _require_whole(draft)
     for rows in adapter.token_rows:
         _replace_rows(draft, adapter, rows)
@@ -394,7 +394,7 @@ def _own_name(draft: _Draft, parameter: str) -> str | None:
     return parameter if parameter in draft.added else None
 
 
-def _replace(draft: _Draft, change: Replacement) -> None:
+def _replace(draft: _Draft, adapter: Adapter, change: Replacement) -> None:
     own = _own_name(draft, change.name)
     places = (Place(own),) if own else draft.names.find(change.name)
     if not places:
@@ -409,7 +409,12 @@ def _replace(draft: _Draft, change: Replacement) -> None:
     if len(places) > 1 or places[0].tensor_parts > 1:
         draft.problem(change.name, "a trained tensor for a part of a fused base tensor", "one stored tensor")
         return
-    tensor = places[0].tensor
+    for tensor in dict.fromkeys((places[0].tensor, *_kept_ties(draft, adapter, change))):
+        _put(draft, change, tensor)
+
+
+def _put(draft: _Draft, change: Replacement, tensor: str) -> None:
+    """Let a trained tensor take the place of a stored (or added) one."""
     shape, new = _shape(draft, tensor), change.tensor.shape
     resized = len(shape) == len(new) > 0 and shape[1:] == new[1:] and _is_vocabulary(draft.base.config, shape[0])
     if shape != new and not resized:
@@ -423,6 +428,15 @@ def _replace(draft: _Draft, change: Replacement) -> None:
         draft.added[tensor] = change.tensor
     else:
         draft.sources[tensor] = change.tensor
+
+
+def _kept_ties(draft: _Draft, adapter: Adapter, change: Replacement) -> tuple[str, ...]:
+    """The other tensors of a tie that PEFT kept, where a file holds them all."""
+    group = draft.untying.group_of(change.name)
+    kept = adapter.config.get("ensure_weight_tying") and change.role == "modules_to_save"
+    if not kept or group is None or change.name != group.source or draft.untying.config_changes:
+        return ()
+    return tuple(stored for member in sorted(group.members) if (stored := draft.names.stored(member)))
 
 
 def _is_vocabulary(config: Mapping[str, object], size: int) -> bool:

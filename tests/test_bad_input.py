@@ -18,6 +18,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -25,8 +26,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from dora_serve.errors import DoraServeError
 from exporters.cli import main
-from tests.cases import adapt, ask_here, build, llama, load, read_tensors, rewrite_json, rewrite_tensors, save
+from tests.cases import adapt, ask_here, build, llama, load, plan, read_tensors, rewrite_json, rewrite_tensors, save
 
 ROOT = Path(__file__).resolve().parent.parent
 WEIGHTS, CONFIG, MODEL = "adapter_model.safetensors", "adapter_config.json", "model.safetensors"
@@ -265,6 +267,10 @@ ADAPTERS: Mapping[str, tuple[Spoil, str]] = {
         r"not understood: .*lora_C",
     ),
     "a tensor of no module": (in_adapter(put("base_model.model.spare.weight", torch.ones(2))), "'spare.weight'"),
+    "integers": (
+        in_adapter(put(f"{Q0}.lora_A.weight", torch.ones(4, 16, dtype=torch.int8))),
+        "not understood: .* int8",
+    ),
     "no tensors": (lambda world: save_file({}, world.adapter / WEIGHTS), "holds no tensors"),
     "rank 0": (in_config(r=0), "r = 0, wanted a positive whole number"),
     "rank of another": (in_config(r=8), "says rank 8"),
@@ -409,6 +415,66 @@ def test_the_base_that_the_adapter_names_is_gone(world: World, capsys: pytest.Ca
     assert "/home/someone/models/llama" in refused(arguments, world, capsys)
     rewrite_json(world.adapter / CONFIG, base_model_name_or_path=None)
     assert "--base" in refused(arguments, world, capsys)
+
+
+# Anything at all
+
+JUNK: tuple[object, ...] = (None, True, False, 0, -1, 3, 10**400, 1e308, "", "x", "q_proj", [], [1], ["a"], [["a"]])
+JUNK += ({}, {"a": 1}, {"a": [1]}, {"": {}}, [None], {"model.embed_tokens": "x"}, [[0, 1]], {"q_proj": 10**400})
+
+
+def keys_of(name: str) -> list[str]:
+    from peft import LoraConfig
+
+    if name == CONFIG:
+        return sorted(LoraConfig().to_dict())
+    words = "architectures model_type vocab_size tie_word_embeddings text_config quantization_config id2label dtype"
+    return [*words.split(), "torch_dtype", "num_hidden_layers", "scale_decoder_outputs"]
+
+
+@pytest.mark.parametrize("name", [CONFIG, "config.json"])
+def test_junk_in_a_configuration_is_an_error_of_ours_or_none(name: str, world: World) -> None:
+    """Every key that is read, with a value of every kind: no traceback, whatever it is."""
+    adapt(llama(), world.adapter, target_modules=["q_proj", "embed_tokens"], trainable_token_indices={"lm_head": [3]})
+    path = world.adapter / name if name == CONFIG else world.base / name
+    sound = path.read_text()
+    kinds = set()
+    for key in keys_of(name):
+        for value in JUNK:
+            path.write_text(json.dumps(json.loads(sound) | {key: value}))
+            try:
+                plan(world.base, world.adapter)
+                kinds.add("planned")
+            except DoraServeError as error:
+                kinds.add(type(error).__name__ if str(error) else "nothing")
+    wanted = {"planned", "AdapterError", "UnmergeableError"} if name == CONFIG else {"planned", "CheckpointError"}
+    assert wanted <= kinds
+    assert "nothing" not in kinds
+
+
+@pytest.mark.parametrize("file", ["adapter", "base", "index"])
+def test_bytes_gone_wrong_are_an_error_of_ours_or_none(file: str, world: World) -> None:
+    """A header, or an index, with a byte exchanged, left out or put in, at 400 seeded places."""
+    random = Random(5)
+    base = world.sharded if file == "index" else world.base
+    path = {"adapter": world.adapter / WEIGHTS, "base": world.base / MODEL, "index": world.sharded / INDEX}[file]
+    sound = path.read_bytes()
+    first = 0 if file == "index" else 8
+    length = len(sound) if file == "index" else struct.unpack("<Q", sound[:8])[0]
+    refusals = 0
+    for _ in range(400):
+        at = first + random.randrange(length)
+        byte = random.choice(
+            [b"", bytes([random.randrange(256)]), sound[at : at + 1] + random.choice(b'0"{}[],:.-').to_bytes()]
+        )
+        text = sound[first:at] + byte + sound[at + 1 : first + length]
+        prefix = b"" if file == "index" else struct.pack("<Q", len(text))
+        path.write_bytes(prefix + text + sound[first + length :])
+        try:
+            plan(base, world.adapter)
+        except DoraServeError:
+            refusals += 1
+    assert refusals > 300
 
 
 # Indexes

@@ -9,6 +9,7 @@ import copy
 import hashlib
 import json
 import math
+import shutil
 import struct
 import subprocess
 import sys
@@ -335,6 +336,14 @@ def test_a_base_that_is_not_finite_where_it_is_adapted(value: float, use_dora: b
     assert caught.value.remedy
 
 
+def test_what_is_not_finite_stays_so_under_a_magnitude_of_zero(tmp_path: Path) -> None:
+    spoilt_world(tmp_path, torch.float32, True, lambda held: held[Q0][5].fill_(math.nan))
+    key = f"base_model.model.{Q0.removesuffix('.weight')}.lora_magnitude_vector"
+    rewrite_tensors(tmp_path / "adapter" / WEIGHTS, lambda held: held[key][5].zero_())
+    with pytest.raises(UnmergeableError, match="q_proj"):
+        merge_to(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+
+
 def test_a_base_that_is_not_finite_elsewhere_is_copied(tmp_path: Path) -> None:
     spoilt_world(tmp_path, torch.bfloat16, True, lambda held: held["lm_head.weight"].fill_(math.nan))
     merge_to(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
@@ -484,6 +493,23 @@ def test_side_files_come_along_and_other_weights_do_not(tmp_path: Path) -> None:
     own = {"config.json", "generation_config.json", "model.safetensors"}
     assert set(hashes(tmp_path / "merged")) == {*own, *kept}
     assert (tmp_path / "merged" / kept[-1]).read_text() == f"of {kept[-1]}"
+
+
+def test_a_base_of_links_as_in_the_hubs_cache(tmp_path: Path) -> None:
+    model = llama()
+    save(model, tmp_path / "base", max_shard_size="8KB")
+    adapt(model, tmp_path / "adapter", target_modules=["q_proj"])
+    for folder in ("base", "adapter"):
+        (tmp_path / "blobs" / folder).mkdir(parents=True)
+        (tmp_path / "links" / folder).mkdir(parents=True)
+        for path in (tmp_path / folder).iterdir():
+            blob = tmp_path / "blobs" / folder / hashlib.sha256(path.read_bytes()).hexdigest()
+            shutil.copyfile(path, blob)
+            (tmp_path / "links" / folder / path.name).symlink_to(f"../../blobs/{folder}/{blob.name}")
+    merge_to(tmp_path / "base", tmp_path / "adapter", tmp_path / "wanted")
+    merge_to(tmp_path / "links" / "base", tmp_path / "links" / "adapter", tmp_path / "merged")
+    assert hashes(tmp_path / "merged") == hashes(tmp_path / "wanted")
+    assert not any(path.is_symlink() for path in (tmp_path / "merged").iterdir())
 
 
 def test_metadata_of_the_header(tmp_path: Path) -> None:

@@ -17,7 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from dora_serve.checkpoint import open_checkpoint
 from dora_serve.errors import CheckpointError, PlanError, UnmergeableError
+from dora_serve.names import ParameterNames
 from dora_serve.runtime_names import runtime_names
 from dora_serve.ties import _HEAD, _PLAIN_CAUSAL
 from tests.cases import (
@@ -418,6 +420,19 @@ def test_a_file_that_holds_both_tied_tensors(targets: list[str], tmp_path: Path)
     compare_with_unmerged(tmp_path, model, tokens(model))
 
 
+def test_a_tie_that_peft_kept_over_a_file_that_holds_both(tmp_path: Path) -> None:
+    model = llama(tie_word_embeddings=True)
+    save(model, tmp_path / "base")
+    rewrite_tensors(tmp_path / "base" / "model.safetensors", lambda held: held.update({HEAD: held[EMBED].clone()}))
+    config: dict[str, Any] = {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}
+    adapt(load(tmp_path / "base", model), tmp_path / "adapter", target_modules=["q_proj"], **config)
+    planned = merge_to(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    assert not planned.config_changes
+    merged = read_tensors(tmp_path / "merged")
+    assert torch.equal(merged[HEAD], merged[EMBED])
+    compare_with_unmerged(tmp_path, model, tokens(model))
+
+
 def test_the_table_of_plain_architectures_is_transformers_own() -> None:
     for architecture, embedding in _PLAIN_CAUSAL.items():
         assert getattr(transformers, architecture)._tied_weights_keys == {_HEAD: embedding}
@@ -701,6 +716,27 @@ def test_two_updates_of_one_tensor_are_refused(llama_base: Path, tmp_path: Path)
 
 
 # Asking transformers
+
+
+def test_the_rules_say_what_transformers_says(tmp_path: Path) -> None:
+    """Every parameter of every family here: the rules that ask nobody find what transformers does, or nothing."""
+    kinds = set()
+    for case in (*NAMES, *TIES, *EXPERTS):
+        model = case.model()
+        if type(model) in kinds:
+            continue
+        kinds.add(type(model))
+        folder = save(model, tmp_path / type(model).__name__)
+        known = ask_here(folder)
+        assert known is not None
+        alone = ParameterNames(open_checkpoint(folder), lambda: None)
+        for name, _ in model.named_parameters():
+            found, origin = alone.find(name), known.origins.get(name)
+            if found:
+                assert origin is not None, f"{name} of {type(model).__name__}"
+                assert origin.operation == "rename"
+                assert [place.tensor for place in found] == list(origin.groups[0])
+    assert len(kinds) > 25
 
 
 def test_the_process_that_is_asked_says_what_transformers_says(tmp_path: Path) -> None:

@@ -155,7 +155,9 @@ def _group(tensors: Mapping[str, LazyTensor], config: PeftConfig) -> _Grouped:
             grouped.unused.add(key)
             continue
         role, module = _role(name)
-        if role is not None:
+        if role is not None and not tensor.dtype.is_floating_point:
+            unknown.append(f"{key} {list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}")
+        elif role is not None:
             if match := _ATTENTION.match(module):
                 raise UnmergeableError(
                     f"The adapter cannot be merged: {match[1]} is an nn.MultiheadAttention, and PEFT (0.21.2) adds the "

@@ -8,9 +8,11 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeGuard
 
 from dora_serve.errors import AdapterError, UnmergeableError
 
@@ -133,6 +135,11 @@ def read_config(folder: Path, ignore: frozenset[str]) -> PeftConfig:
     return _checked(raw, path)
 
 
+def _is_number(value: object) -> TypeGuard[float]:
+    """Finite, and no larger than float64 holds, as JSON's integers may be."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
 def _checked(raw: Mapping[str, object], path: Path) -> PeftConfig:
     def wrong(key: str, wanted: str) -> AdapterError:
         return AdapterError(
@@ -143,7 +150,7 @@ def _checked(raw: Mapping[str, object], path: Path) -> PeftConfig:
 
     def number(key: str, default: float) -> float:
         value = raw.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        if not _is_number(value):
             raise wrong(key, "a number")
         return value
 
@@ -152,7 +159,7 @@ def _checked(raw: Mapping[str, object], path: Path) -> PeftConfig:
         if not isinstance(table, dict):
             raise wrong(key, "an object of numbers")
         for pattern, value in table.items():
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            if not _is_number(value):
                 raise wrong(key, "an object of numbers")
             try:
                 re.compile(pattern)
