@@ -27,6 +27,9 @@ from dora_serve.ties import Untying, plan_untying
 
 MERGEABLE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
+HINTED_PROBLEMS = 20
+"""So many problems are shown to a person, and so many are worth a search for the names that were meant."""
+
 _CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
 _CONV1D_LEAVES = ("c_attn", "q_attn", "c_proj", "c_fc")
 """transformers' Conv1D stores (in, out); a square one can be told from a Linear only by what it is."""
@@ -56,7 +59,8 @@ class _Draft:
         self.problems.append(Problem(subject, got, wanted, hint))
 
     def not_found(self, subject: str, parameter: str) -> None:
-        nearest = self.names.nearest(parameter)
+        # An adapter for another model has thousands of these, and likeness takes its time.
+        nearest = self.names.nearest(parameter) if len(self.problems) < HINTED_PROBLEMS else ()
         hint = f"the nearest names there are {', '.join(nearest)}" if nearest else None
         self.problem(subject, f"no tensor {parameter!r} in the base", "a tensor that this module's weight is", hint)
 
@@ -594,7 +598,8 @@ def _finish(draft: _Draft, adapter: Adapter, dtype: torch.dtype | None) -> Merge
             tensors[name] = _tensor_plan(draft, name, file, dtype)
     if dtype is not None:
         label = str(dtype).removeprefix("torch.")
-        draft.config_changes[("torch_dtype" if "torch_dtype" in base.config else "dtype",)] = label
+        for path in _dtype_paths(base.config) or [("dtype",)]:
+            draft.config_changes[path] = label
     return MergePlan(
         base=base,
         adapter=adapter,
@@ -605,6 +610,17 @@ def _finish(draft: _Draft, adapter: Adapter, dtype: torch.dtype | None) -> Merge
         untied=tuple(sorted(draft.untying.added)),
         notes=(*adapter.notes, *draft.notes),
     )
+
+
+def _dtype_paths(config: Mapping[str, object]) -> list[tuple[str, ...]]:
+    """Where config.json names a dtype, for the model or for one that it is made of."""
+    found: list[tuple[str, ...]] = []
+    for key, value in config.items():
+        if key in ("dtype", "torch_dtype") and isinstance(value, str):
+            found.append((key,))
+        elif isinstance(value, dict):
+            found += [(key, *path) for path in _dtype_paths(value)]
+    return found
 
 
 def _tensor_plan(draft: _Draft, name: str, file: str, dtype: torch.dtype | None) -> TensorPlan:

@@ -48,6 +48,7 @@ from tests.cases import (
     plan,
     quiet,
     read_tensors,
+    rewrite_json,
     rewrite_tensors,
     save,
     vary,
@@ -294,6 +295,23 @@ def test_another_dtype_is_a_rounding_too(dtype: str, tmp_path: Path) -> None:
     config = json.loads((tmp_path / "merged" / "config.json").read_text())
     assert config["dtype"] == str(DTYPES[dtype]).removeprefix("torch.")
     assert load(tmp_path / "merged", type(model), DTYPES[dtype]).dtype == DTYPES[dtype]
+
+
+def test_another_dtype_is_told_wherever_one_is_named(tmp_path: Path) -> None:
+    model = llama()
+    save(model, tmp_path / "base")
+    adapt(model, tmp_path / "adapter", target_modules=["q_proj"])
+    for before, after in (
+        ({"torch_dtype": "float32", "dtype": None}, {"torch_dtype": "float16"}),
+        ({"torch_dtype": None, "dtype": None}, {"dtype": "float16"}),
+        (
+            {"dtype": "float32", "text_config": {"dtype": "float32", "x": 1}, "vision_config": {"y": 2}},
+            {"dtype": "float16", "text_config.dtype": "float16"},
+        ),
+    ):
+        rewrite_json(tmp_path / "base" / "config.json", **before)
+        planned = plan(tmp_path / "base", tmp_path / "adapter", dtype=torch.float16)
+        assert {".".join(path): value for path, value in planned.config_changes.items()} == after
 
 
 def test_whole_tensors_of_the_adapter_take_the_dtype_of_the_base(tmp_path: Path) -> None:

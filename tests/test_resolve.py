@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -20,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from dora_serve.checkpoint import open_checkpoint
 from dora_serve.errors import CheckpointError, PlanError, UnmergeableError
 from dora_serve.names import ParameterNames
+from dora_serve.resolve import HINTED_PROBLEMS
 from dora_serve.runtime_names import runtime_names
 from dora_serve.ties import _HEAD, _PLAIN_CAUSAL
 from tests.cases import (
@@ -630,6 +633,28 @@ def test_parameters_of_experts(case: Case, tmp_path: Path) -> None:
     check_merged_is_unmerged(case, tmp_path)
 
 
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
+def test_an_adapter_of_transformers_4_with_a_layer_an_expert(family: str, tmp_path: Path) -> None:
+    """Its names are the checkpoint's; PEFT stacks the experts as it loads it, gate and up into one of twice the rank."""
+    sizes, inside, leaves, width = {
+        "mixtral": (MIXTRAL, "block_sparse_moe.experts", ("w1", "w3", "w2"), 24),
+        "qwen2_moe": (QWEN_MOE, "mlp.experts", ("gate_proj", "up_proj", "down_proj"), 12),
+    }[family]
+    model = build(CAUSAL, family, **sizes)
+    save(model, tmp_path / "base")
+    generator = torch.Generator().manual_seed(4)
+    tensors = {}
+    for layer, expert, leaf in product((0, 1), (0, 1, 2), leaves):
+        into, out = (width, 16) if leaf == leaves[2] else (16, width)
+        for part, shape in (("lora_A", (4, into)), ("lora_B", (out, 4))):
+            name = f"base_model.model.model.layers.{layer}.{inside}.{expert}.{leaf}.{part}.weight"
+            tensors[name] = 0.3 * torch.randn(shape, generator=generator)
+    LoraConfig(r=4, lora_alpha=6, target_modules=list(leaves)).save_pretrained(str(tmp_path / "adapter"))
+    save_file(tensors, tmp_path / "adapter" / "adapter_model.safetensors")
+    merge_to(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    compare_with_unmerged(tmp_path, model, tokens(model))
+
+
 def test_square_experts_of_an_unknown_architecture_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = build(CAUSAL, "gpt_oss", **{**MIXTRAL, **SQUARE, "sliding_window": 8})
     save(model, tmp_path / "base")
@@ -666,6 +691,21 @@ def test_all_problems_come_at_once(llama_base: Path, tmp_path: Path) -> None:
     assert "lora_A [4, 16] and lora_B [16, 4]" in problems["model.layers.0.self_attn.q_proj"]
     assert "no tensor 'model.layers.2.self_attn.q_proj.weight'" in problems["model.layers.2.self_attn.q_proj"]
     assert "model.layers.1.self_attn.q_proj.weight" in problems["model.layers.2.self_attn.q_proj"]
+
+
+def test_a_search_for_likely_names_has_an_end(
+    llama_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An adapter for another model may name thousands of modules; a person reads twenty."""
+    deep = llama(num_hidden_layers=30, hidden_size=4, head_dim=2, intermediate_size=4)
+    adapter = trained_on(deep, tmp_path / "adapter", target_modules=list(LINEARS), r=1)
+    searched = []
+    monkeypatch.setattr(ParameterNames, "nearest", lambda self, name: searched.append(name) or ("a", "b"))
+    with pytest.raises(PlanError) as caught:
+        plan(llama_base, adapter)
+    assert len(caught.value.problems) == 30 * len(LINEARS)
+    assert len(searched) <= HINTED_PROBLEMS
+    assert str(caught.value).count("\n  - ") == HINTED_PROBLEMS + 1
 
 
 def test_lora_bias_needs_a_bias_to_go_to(llama_base: Path, tmp_path: Path) -> None:
