@@ -633,12 +633,15 @@ def test_parameters_of_experts(case: Case, tmp_path: Path) -> None:
     check_merged_is_unmerged(case, tmp_path)
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
 def test_an_adapter_of_transformers_4_with_a_layer_an_expert(family: str, tmp_path: Path) -> None:
-    """Its names are the checkpoint's; PEFT stacks the experts as it loads it, gate and up into one of twice the rank."""
+    """Its names are the checkpoint's; PEFT stacks the experts as it loads it, gate and up into one of twice the rank.
+
+    (For `qwen2_moe` itself PEFT 0.21.2 drops such tensors: its table names only the families that follow it.)
+    """
     sizes, inside, leaves, width = {
         "mixtral": (MIXTRAL, "block_sparse_moe.experts", ("w1", "w3", "w2"), 24),
-        "qwen2_moe": (QWEN_MOE, "mlp.experts", ("gate_proj", "up_proj", "down_proj"), 12),
+        "qwen3_moe": (QWEN_MOE, "mlp.experts", ("gate_proj", "up_proj", "down_proj"), 12),
     }[family]
     model = build(CAUSAL, family, **sizes)
     save(model, tmp_path / "base")
