@@ -11,11 +11,12 @@ import math
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import islice, pairwise
 from math import prod
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -138,6 +139,7 @@ def _default_workers(device: str) -> int:
 def _run(tasks: Mapping[_Target, list[Callable[[], None]]], workers: int) -> None:
     """Run all tasks, and flush each file as soon as it is whole, while the next are written.
 
+    As many files as there are workers are written at a time: two workers that write into one wait for each other.
     The first exception stops the rest, and so does Ctrl-C.
     """
     stop = threading.Event()
@@ -148,7 +150,9 @@ def _run(tasks: Mapping[_Target, list[Callable[[], None]]], workers: int) -> Non
 
     with ThreadPoolExecutor(workers, "merge") as pool, ThreadPoolExecutor(1, "flush") as flusher:
         try:
-            written = {target: [pool.submit(guarded, task) for task in group] for target, group in tasks.items()}
+            written: dict[_Target, list[Future[None]]] = {target: [] for target in tasks}
+            for target, task in _in_turns(tasks, workers):
+                written[target].append(pool.submit(guarded, task))
             flushed = []
             for target, futures in written.items():
                 for future in futures:
@@ -159,6 +163,22 @@ def _run(tasks: Mapping[_Target, list[Callable[[], None]]], workers: int) -> Non
         except BaseException:
             stop.set()
             raise
+
+
+def _in_turns(
+    tasks: Mapping[_Target, Sequence[Callable[[], None]]], width: int
+) -> Iterator[tuple[_Target, Callable[[], None]]]:
+    """All tasks, from `width` files in turns, a new file taking the place of one that has no more."""
+    waiting = iter(tasks.items())
+    open_files = deque((target, iter(group)) for target, group in islice(waiting, width))
+    while open_files:
+        target, group = open_files.popleft()
+        task = next(group, None)
+        if task is not None:
+            yield target, task
+            open_files.append((target, group))
+        elif (following := next(waiting, None)) is not None:
+            open_files.append((following[0], iter(following[1])))
 
 
 def _tasks(
