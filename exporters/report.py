@@ -10,10 +10,10 @@ from dora_serve.comparison import Comparison, Tolerance
 from dora_serve.forward_check import ForwardReport
 from dora_serve.plan import MergePlan
 from dora_serve.tensor_report import TensorReport
+from dora_serve.terminal import format_bytes, format_seconds, format_table
 from dora_serve.verify import VerifyReport
 from exporters.inspect import Inspection
 from exporters.pipeline import Export
-from exporters.terminal import format_bytes, format_seconds, format_table
 from exporters.verify_folder import FolderReport
 
 

@@ -8,7 +8,7 @@ import re
 import pytest
 
 from dora_serve.progress import Progress
-from exporters.terminal import TerminalProgress, format_bytes, format_progress, format_seconds, format_table
+from dora_serve.terminal import TerminalProgress, format_bytes, format_progress, format_seconds, format_table
 
 
 class Terminal(io.StringIO):

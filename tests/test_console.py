@@ -1,0 +1,103 @@
+"""What both commands share: exit codes, errors in words and as JSON, and the types of their arguments."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dora_serve.console import device_argument, name_argument, path_argument, run_command
+from dora_serve.errors import AdapterError, VerificationError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.mark.parametrize("code", [0, 1, 7])
+def test_a_commands_own_code_is_kept(code: int) -> None:
+    assert run_command("dora-test", lambda: code, as_json=False) == code
+
+
+def test_an_error_in_words(capsys: pytest.CaptureFixture[str]) -> None:
+    def run() -> int:
+        raise AdapterError("It is odd.", remedy="Make it even.")
+
+    assert run_command("dora-test", run, as_json=False) == 1
+    assert capsys.readouterr() == ("", "dora-test: It is odd. Make it even.\n")
+
+
+def test_an_error_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    def run() -> int:
+        raise VerificationError("It differs.", remedy="Look.", path=Path("x"), report={"passed": False})
+
+    assert run_command("dora-test", run, as_json=True) == 1
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    shown = {"type": "VerificationError", "message": "It differs.", "remedy": "Look.", "path": "x"}
+    assert json.loads(printed.out) == {"error": shown, "report": {"passed": False}}
+
+
+def test_a_bug_keeps_its_traceback() -> None:
+    def run() -> int:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run_command("dora-test", run, as_json=False)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_interrupt_ends_it_and_a_second_lets_it_clear_up(
+    number: signal.Signals, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cleared = []
+
+    def run() -> int:
+        try:
+            os.kill(os.getpid(), number)
+        finally:
+            os.kill(os.getpid(), number)
+            cleared.append(True)
+        return 0
+
+    before = signal.getsignal(number)
+    assert run_command("dora-test", run, as_json=False, when_interrupted="Nothing was changed.") == 130
+    assert cleared
+    assert signal.getsignal(number) == before
+    assert capsys.readouterr() == ("", "\nNothing was changed.\n")
+
+
+def test_a_reader_that_goes_away_is_no_traceback() -> None:
+    source = (
+        "import sys; from dora_serve.console import run_command\n"
+        "def run():\n    while True:\n        print('line' * 1000)\n"
+        "sys.exit(run_command('dora-test', run, as_json=False))"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", source], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 1
+
+
+def test_arguments() -> None:
+    assert [device_argument(text) for text in ("auto", "cpu", "cuda", "cuda:12")] == ["auto", "cpu", "cuda", "cuda:12"]
+    assert name_argument("user/name") == "user/name"
+    assert path_argument("a/b") == Path("a/b")
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"), [(name_argument, ""), (path_argument, ""), (device_argument, "gpu"), (device_argument, "cuda:x")]
+)
+def test_arguments_that_are_refused(kind: Callable[[str], object], text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="wanted"):
+        kind(text)
