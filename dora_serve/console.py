@@ -12,13 +12,50 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, NoReturn
 
 from dora_serve.errors import DoraServeError
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+
+
+class CommandParser(argparse.ArgumentParser):
+    """Its complaints are one JSON object on stdout where `--json` was asked for; it exits with 2 all the same.
+
+    Its subparsers are of this class as well; `parse_args` is called on the outermost.
+    """
+
+    _as_json: bool | None = None
+
+    def parse_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
+        given = list(sys.argv[1:] if args is None else args)
+        # argparse takes abbreviations.
+        self._as_json = any(len(text) > 2 and "--json".startswith(text) for text in given)
+        try:
+            return super().parse_args(given, namespace)
+        except _WrongUsage as wrong:
+            wrong.parser._refuse(wrong.message, as_json=self._as_json)
+
+    def error(self, message: str) -> NoReturn:
+        if self._as_json is None:  # a subparser is shown only what follows its name
+            raise _WrongUsage(self, message)
+        self._refuse(message, as_json=self._as_json)
+
+    def _refuse(self, message: str, *, as_json: bool) -> NoReturn:
+        if not as_json:
+            super().error(message)
+        shown = {"type": "UsageError", "message": message, "remedy": f"{self.prog} --help"}
+        print(json.dumps({"error": shown}, indent=2))
+        sys.exit(EXIT_USAGE)
+
+
+class _WrongUsage(Exception):
+    def __init__(self, parser: CommandParser, message: str) -> None:
+        super().__init__(message)
+        self.parser, self.message = parser, message
 
 
 def run_command(program: str, run: Callable[[], int], *, as_json: bool, when_interrupted: str = "Interrupted.") -> int:

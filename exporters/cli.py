@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from dora_serve import __version__
-from dora_serve.console import EXIT_FAILED, device_argument, name_argument, path_argument, run_command
+from dora_serve.console import EXIT_FAILED, CommandParser, device_argument, name_argument, path_argument, run_command
 
 EXPORTER_NAMES = ("safetensors", "onnx")
 DTYPE_NAMES = ("float32", "bfloat16", "float16", "float64")
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def build_parser() -> CommandParser:
+    parser = CommandParser(
         prog="dora-export",
         description="Fold a trained LoRA or DoRA adapter into dense weights, prove the result, and export it.",
     )

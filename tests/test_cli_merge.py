@@ -330,6 +330,12 @@ def test_wrong_usage(
         main(arguments)
     assert stopped.value.code == 2
     assert "usage: dora-export" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stopped:
+        main([*arguments, "--json"])
+    assert stopped.value.code == 2
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["error"]["type"] == "UsageError"
+    assert printed.err == ""
     assert list(tmp_path.iterdir()) == []
 
 

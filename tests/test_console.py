@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from dora_serve.console import device_argument, name_argument, path_argument, run_command
+from dora_serve.console import CommandParser, device_argument, name_argument, path_argument, run_command
 from dora_serve.errors import AdapterError, VerificationError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -101,3 +101,65 @@ def test_arguments() -> None:
 def test_arguments_that_are_refused(kind: Callable[[str], object], text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match="wanted"):
         kind(text)
+
+
+@pytest.fixture
+def parser() -> CommandParser:
+    parser = CommandParser(prog="dora-test")
+    parser.add_argument("--version", action="version", version="1")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    melt = commands.add_parser("melt")
+    melt.add_argument("what")
+    melt.add_argument("--device", type=device_argument)
+    melt.add_argument("--json", action="store_true")
+    return parser
+
+
+WRONG = (
+    ("--json", "required: COMMAND", "dora-test"),
+    ("freeze --json", "invalid choice: 'freeze'", "dora-test"),
+    ("melt --json", "required: what", "dora-test melt"),
+    ("melt --js", "required: what", "dora-test melt"),
+    ("--json melt", "required: what", "dora-test melt"),
+    ("melt x --json --device gpu", "'gpu' is no device: wanted auto", "dora-test melt"),
+    ("melt x --json --faster", "unrecognized arguments: --faster", "dora-test"),
+)
+
+
+@pytest.mark.parametrize(("line", "message", "program"), WRONG)
+def test_wrong_usage_as_json(
+    line: str, message: str, program: str, parser: CommandParser, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        parser.parse_args(line.split())
+    assert stopped.value.code == 2
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    found = json.loads(printed.out)
+    assert list(found) == ["error"]
+    assert message in found["error"].pop("message")
+    assert found["error"] == {"type": "UsageError", "remedy": f"{program} --help"}
+
+
+@pytest.mark.parametrize(("line", "message", "program"), WRONG)
+def test_wrong_usage_in_words(
+    line: str, message: str, program: str, parser: CommandParser, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [word for word in line.split() if not word.startswith("--js")]
+    with pytest.raises(SystemExit) as stopped:
+        parser.parse_args(words)
+    assert stopped.value.code == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith(f"usage: {program} ")
+    assert message in printed.err
+
+
+def test_a_complaint_after_parsing_is_json_as_well(parser: CommandParser, capsys: pytest.CaptureFixture[str]) -> None:
+    for line, as_json in (("melt x --json", True), ("melt x", False)):
+        parser.parse_args(line.split())
+        with pytest.raises(SystemExit):
+            parser.error("x does not melt")
+        printed = capsys.readouterr()
+        assert "x does not melt" in (printed.out if as_json else printed.err)
+        assert (printed.err if as_json else printed.out) == ""
