@@ -17,9 +17,8 @@ gets, whose default keeps the adapter in float32 (autocast_adapter_dtype). In a 
 from __future__ import annotations
 
 import copy
-import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,6 +29,7 @@ from torch.nn import functional as F
 
 from dora_serve.adapter import Adapter, ExpertLora, LazyTensor, LoraWeights, Replacement, TokenRows
 from dora_serve.errors import PlanError, Problem
+from dora_serve.module_names import ModuleNames, is_conv1d
 
 _BLOCK_ELEMENTS = 1 << 22
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -212,7 +212,7 @@ class _Attachment:
     """The work of one attach_adapter: what was found, what is wrong, and how to undo it."""
 
     def __init__(self, model: nn.Module, rounded_to: torch.dtype | None) -> None:
-        self.names = _Names(model)
+        self.names = ModuleNames(model)
         self.rounded_to = rounded_to
         self.attached = Attached()
         self.problems: list[Problem] = []
@@ -397,7 +397,7 @@ class _Attachment:
 
 def _is_transposed(module: nn.Module) -> bool:
     """Whether the module stores its weight as (in, out)."""
-    return isinstance(module, nn.Embedding) or _is_conv1d(module)
+    return isinstance(module, nn.Embedding) or is_conv1d(module)
 
 
 def _as_matrix(module: nn.Module, weight: Tensor) -> Tensor:
@@ -415,7 +415,7 @@ def _unmerged_forward(module: Any, factors: _Factors) -> Callable[..., Tensor] |
     """The module's forward by the formula, or None for a class whose forward is not known here."""
     if isinstance(module, nn.Embedding):
         return _embedding(module, factors)
-    if type(module).forward is nn.Linear.forward or _is_conv1d(module):
+    if type(module).forward is nn.Linear.forward or is_conv1d(module):
         return _linear(module, factors)
     if isinstance(module, _CONVOLUTIONS) and any(type(module).forward is kind.forward for kind in _CONVOLUTIONS):
         return _convolution(module, factors)
@@ -500,98 +500,6 @@ def _expert_delta(wrapper: ExpertLora, parameter: Tensor, is_transposed: bool) -
         return wide + delta.reshape(wide.shape)
 
     return step
-
-
-@dataclass(frozen=True)
-class _FusedPart:
-    """Which part of a fused parameter a former module is: expert `expert`, the `part`-th of `parts` along dim 1."""
-
-    owner: str
-    leaf: str
-    expert: int
-    part: int
-    parts: int
-
-    def part_of(self, parameter: Tensor | None) -> Tensor:
-        assert parameter is not None
-        return parameter[self.expert].chunk(self.parts, dim=0)[self.part]
-
-
-class _Names:
-    """From the adapter's names to the model's."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.modules: Mapping[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
-        self._mapping: tuple[list[Any], list[Any]] | None = None
-        self._state: dict[str, Tensor] = {}
-
-    def find(self, name: str) -> str | None:
-        """The run-time name of a module, or None."""
-        name = name.replace(".base_layer", "")
-        if name in self.modules:
-            return name
-        endings = [candidate for candidate in self.modules if candidate.endswith(f".{name}")]
-        if len(endings) == 1:
-            return endings[0]
-        prefix = getattr(self.model, "base_model_prefix", "")
-        if prefix and name.startswith(f"{prefix}.") and name.removeprefix(f"{prefix}.") in self.modules:
-            return name.removeprefix(f"{prefix}.")
-        renamed, pattern = self._rename(f"{name}.weight")
-        module = renamed.rpartition(".")[0]
-        return module if pattern is None and module in self.modules else None
-
-    def fused(self, name: str) -> _FusedPart | None:
-        """Where transformers puts the weight of a module that it fuses with its siblings; None where it does not."""
-        renamed, pattern = self._rename(f"{name}.weight")
-        owner, _, leaf = renamed.rpartition(".")
-        converter = next((one for one in self._conversions()[1] if pattern in one.source_patterns), None)
-        expert = re.search(r"\.experts\.(\d+)\.", name)
-        if converter is None or expert is None or owner not in self.modules:
-            return None
-        if getattr(self.modules[owner], leaf, None) is None:
-            return None
-        operations = [(type(one).__name__, getattr(one, "dim", None)) for one in converter.operations]
-        if operations not in ([("MergeModulelist", 0)], [("MergeModulelist", 0), ("Concatenate", 1)]):
-            return None
-        sources = list(converter.source_patterns)
-        return _FusedPart(owner, leaf, int(expert[1]), sources.index(pattern), len(sources))
-
-    def nearest(self, name: str) -> list[str]:
-        import difflib
-
-        leaf = name.rpartition(".")[2]
-        same = [candidate for candidate in self.modules if candidate.rpartition(".")[2] == leaf]
-        return difflib.get_close_matches(name, same or list(self.modules)[:5000], n=3, cutoff=0.3)
-
-    def _rename(self, parameter: str) -> tuple[str, str | None]:
-        """transformers' own renaming of a stored name, and the pattern of the fusion it takes part in, if any."""
-        renamings, converters = self._conversions()
-        if not renamings and not converters:
-            return parameter, None
-        from transformers.core_model_loading import rename_source_key
-
-        prefix = getattr(self.model, "base_model_prefix", "")
-        renamed, pattern = rename_source_key(parameter, renamings, converters, prefix, self._state)
-        return str(renamed), pattern
-
-    def _conversions(self) -> tuple[list[Any], list[Any]]:
-        if self._mapping is None:
-            self._mapping, self._state = ([], []), self.model.state_dict()
-            if hasattr(self.model, "config") and hasattr(self.model, "base_model_prefix"):
-                from transformers.conversion_mapping import get_model_conversion_mapping
-                from transformers.core_model_loading import WeightConverter
-
-                model: Any = self.model
-                for transform in get_model_conversion_mapping(model) or []:
-                    self._mapping[isinstance(transform, WeightConverter)].append(transform)
-        return self._mapping
-
-
-def _is_conv1d(module: nn.Module) -> bool:
-    """Whether this is transformers' Conv1D, a Linear whose weight is (in, out), told without importing it."""
-    kind = type(module)
-    return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
 
 
 def _put(undo: ExitStack, table: dict[str, Any], key: str, value: Any) -> None:
