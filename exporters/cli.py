@@ -156,9 +156,10 @@ def _verify(options: argparse.Namespace) -> int:
     from exporters.pipeline import require_device
     from exporters.report import folder_text
     from exporters.sources import open_sources
-    from exporters.verify_folder import verify_folder
+    from exporters.verify_folder import require_merged_folder, verify_folder
 
     require_device(options.device)
+    require_merged_folder(options.merged, adapter=options.adapter, base=options.base)
     with ExitStack() as stack:
         progress = _progress(stack)
         sources = open_sources(options.adapter, options.base, _read_options(options), progress)

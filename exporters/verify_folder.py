@@ -6,6 +6,7 @@ itself verified first: its initializers bit for bit, its logits in ONNX Runtime.
 
 from __future__ import annotations
 
+import shlex
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -22,6 +23,8 @@ from dora_serve.verify import VerifyReport, verify
 from exporters.registry import compare_onnx
 from exporters.safetensors import write_model
 from exporters.sources import Sources, plan_sources
+
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.onnx", "pytorch_model*.bin")
 
 
 @dataclass(frozen=True)
@@ -46,13 +49,8 @@ class FolderReport:
 def verify_folder(
     folder: Path, sources: Sources, options: ForwardOptions, on_progress: OnProgress = ignore_progress
 ) -> FolderReport:
-    """Check a merged folder, whoever made it.
-
-    Raises CheckpointError for a folder that is not there, PlanError for an adapter that does not fit the base.
-    """
-    if not folder.exists():
-        raise CheckpointError(no_such_path("The merged folder", folder), remedy="Check the path.", path=str(folder))
-    graphs = sorted(folder.glob("*.onnx")) if folder.is_dir() else []
+    """Check a merged folder, whoever made it. Raises PlanError for an adapter that does not fit the base."""
+    graphs = sorted(folder.glob("*.onnx"))
     if not graphs or any(folder.glob("*.safetensors")):
         return FolderReport(verify(plan_sources(sources), folder, options, on_progress=on_progress))
     with tempfile.TemporaryDirectory(prefix="dora-export-verify-") as scratch:
@@ -62,6 +60,30 @@ def verify_folder(
         device = "cuda" if torch.cuda.is_available() and options.device != "cpu" else "cpu"
         check = compare_onnx(graphs[0], Path(scratch), report.forward, device, on_progress)
     return FolderReport(report, asdict(check), check.failures)
+
+
+def require_merged_folder(folder: Path, *, adapter: str, base: str) -> None:
+    """Raise CheckpointError where `folder` can be no merged model: not there, a file, or an adapter.
+
+    It is asked before `adapter` and `base`, which may be on the Hub, are fetched; the command that mends it names them.
+    """
+    if not folder.exists():
+        raise CheckpointError(no_such_path("The merged folder", folder), remedy="Check the path.", path=str(folder))
+    around = folder if folder.is_dir() else folder.parent
+    weights = [path for pattern in _WEIGHTS for path in around.glob(pattern) if not path.name.startswith("adapter_")]
+    if (around / "adapter_config.json").is_file() and not weights:
+        got = "an adapter" if folder.is_dir() else "a file of an adapter"
+        meant = ["dora-export", "merge", str(around), "--base", base, "-o", "OUT"]
+        remedy = f"Merge it, which verifies it too: {shlex.join(meant)}"
+    elif not folder.is_dir():
+        got = "a file"
+        meant = ["dora-export", "verify", str(around) if weights else "MERGED", "--adapter", adapter, "--base", base]
+        remedy = f"Name the folder: {shlex.join(meant)}"
+    else:
+        return
+    raise CheckpointError(
+        f"{str(folder)!r} is {got}, wanted the folder of a merged model.", remedy=remedy, path=str(folder)
+    )
 
 
 def _merged_dtype(folder: Path) -> torch.dtype | None:

@@ -668,6 +668,55 @@ def test_the_other_commands_meet_the_same(fault: str, world: World, capsys: pyte
         path.write_bytes(sound)
 
 
+def verify_line(world: World, merged: Path) -> list[str]:
+    return ["verify", str(merged), "--adapter", str(world.adapter), "--base", str(world.base)]
+
+
+def test_verify_of_nothing(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "'nowhere' does not exist" in refused(verify_line(world, Path("nowhere")), world, capsys)
+
+
+@pytest.mark.parametrize("pickled", [False, True])
+@pytest.mark.parametrize("name", ["", CONFIG, WEIGHTS])
+def test_verify_of_an_adapter(name: str, pickled: bool, world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    given = world.adapter / name
+    if pickled:  # a trainer's checkpoint, which verify is told of before it reads the one that --adapter names
+        torch.save({}, world.adapter / "adapter_model.bin")
+        torch.save({}, world.adapter / "training_args.bin")
+    said = refused(verify_line(world, given), world, capsys)
+    assert f"'{given}' is {'a file of an adapter' if name else 'an adapter'}, wanted the folder of a merged" in said
+    assert f"dora-export merge {world.adapter} --base {world.base} -o OUT" in said
+    assert "give the model that it was trained on" not in said
+
+
+@pytest.mark.parametrize("name", [MODEL, "config.json"])
+def test_verify_of_a_file(name: str, world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*world.merge(), "--no-verify"]) == 0
+    capsys.readouterr()
+    said = refused(verify_line(world, world.out / name), world, capsys)
+    assert f"'{world.out / name}' is a file, wanted the folder of a merged model" in said
+    command = " ".join(["dora-export", *verify_line(world, world.out)])
+    assert command in said
+    assert main(command.split()[1:]) == 0
+
+
+def test_verify_of_a_file_beside_no_model(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    (world.root / "notes.txt").write_text("x")
+    assert "Name the folder: dora-export verify MERGED --" in refused(
+        verify_line(world, world.root / "notes.txt"), world, capsys
+    )
+
+
+def test_verify_of_a_model_beside_the_adapters_configuration(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is read as a model; transformers, though, takes such a folder for an adapter and does not load it."""
+    assert main([*world.merge(), "--no-verify"]) == 0
+    shutil.copyfile(world.adapter / CONFIG, world.out / CONFIG)
+    assert main(verify_line(world, world.out)) == 1
+    said = capsys.readouterr().out
+    assert "21 exact" in said
+    assert "transformers cannot load" in said
+
+
 def test_inspect_and_a_dry_run_show_every_problem(world: World, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.rmtree(world.base)
     save(llama(hidden_size=32, head_dim=16), world.base)
