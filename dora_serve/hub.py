@@ -121,6 +121,14 @@ def locate(spec: str, *, what: What, revision: str | None = None, on_progress: O
     return Located(folder, spec, repository.id, commit)
 
 
+def hub_repository(spec: str) -> str | None:
+    """The repository (user/name) that `locate` would ask the Hub for, None for a path or what is no such name."""
+    if not spec or spec.startswith((".", "/", "~")) or os.path.exists(os.path.expanduser(spec)):
+        return None
+    repository = _parse(spec, None)
+    return repository.id if repository else None
+
+
 def _parse(spec: str, revision: str | None) -> _Repository | None:
     """The Hub repository that `spec` names, None where it is no such name."""
     match = _HUB_SPEC.fullmatch(spec)

@@ -14,7 +14,7 @@ from dora_serve.errors import CheckpointError, PlanError
 from dora_serve.formats import ReadOptions, read_adapter
 from dora_serve.hub import locate
 from dora_serve.progress import OnProgress, ignore_progress
-from dora_serve.resolve import plan_merge
+from exporters.sources import Sources, base_notes, plan_sources
 
 
 @dataclass(frozen=True)
@@ -86,11 +86,14 @@ def inspect(adapter: str, base: str | None, read: ReadOptions, on_progress: OnPr
     found = locate(adapter, what="adapter", on_progress=on_progress)
     contents = read_adapter(found.path, read)
     problems: tuple[str, ...] = ()
+    notes = contents.notes
     plan = None
     if base is not None:
-        checkpoint = open_checkpoint(locate(base, what="base", on_progress=on_progress).path)
+        located = locate(base, what="base", on_progress=on_progress)
+        notes += base_notes(contents, located)
+        sources = Sources(located, found, open_checkpoint(located.path), contents)
         try:
-            plan = plan_merge(checkpoint, contents).summary()
+            plan = plan_sources(sources).summary()
         except PlanError as error:
             problems = tuple(str(problem) for problem in error.problems)
         except CheckpointError as error:
@@ -111,7 +114,7 @@ def inspect(adapter: str, base: str | None, read: ReadOptions, on_progress: OnPr
         dtypes=dict(Counter(str(tensor.dtype).removeprefix("torch.") for tensor in tensors)),
         parameters=sum(prod(tensor.shape) for tensor in tensors),
         nbytes=sum(tensor.nbytes for tensor in tensors),
-        notes=contents.notes,
+        notes=notes,
         problems=problems,
         plan=plan,
     )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from dora_serve.adapter import Adapter
 from dora_serve.checkpoint import ShardedCheckpoint, open_checkpoint
 from dora_serve.errors import DoraServeError
 from dora_serve.formats import ReadOptions, read_adapter
-from dora_serve.hub import Located, locate
+from dora_serve.hub import Located, hub_repository, locate
 from dora_serve.plan import MergePlan
 from dora_serve.progress import OnProgress, ignore_progress
 from dora_serve.resolve import plan_merge
@@ -48,5 +49,21 @@ def open_sources(
 
 
 def plan_sources(sources: Sources, dtype: torch.dtype | None = None) -> MergePlan:
-    """The plan of the merge. Raises PlanError."""
-    return plan_merge(sources.checkpoint, sources.contents, dtype=dtype)
+    """The plan of the merge, which notes another base than the adapter's own. Raises PlanError."""
+    plan = plan_merge(sources.checkpoint, sources.contents, dtype=dtype)
+    return replace(plan, notes=(*plan.notes, *base_notes(sources.contents, sources.base)))
+
+
+def base_notes(adapter: Adapter, base: Located) -> tuple[str, ...]:
+    """What to say where both name a Hub repository for the base, and not the same one. A note only: copies abound."""
+    trained_on = hub_repository(adapter.base) if adapter.base else None
+    if trained_on is None or base.repo_id is None or trained_on.lower() == base.repo_id.lower():
+        return ()
+    said = f"The adapter says that it was trained on {trained_on}, and the base is {base.repo_id}"
+    if _letters_and_digits(trained_on) == _letters_and_digits(base.repo_id):
+        return (f"{said}: of the same name, and not necessarily of the same weights.",)
+    return (f"{said}: if the one is no copy of the other, the result is neither model.",)
+
+
+def _letters_and_digits(repo_id: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", repo_id.rpartition("/")[2].lower())

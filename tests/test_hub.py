@@ -17,7 +17,7 @@ import pytest
 
 from dora_serve import hub as hub_module
 from dora_serve.errors import AdapterError, CheckpointError, HubError
-from dora_serve.hub import Located, locate
+from dora_serve.hub import Located, hub_repository, locate
 from dora_serve.hub_errors import translate
 from dora_serve.hub_files import choose_shards, choose_side_files, choose_weights
 from tests.fake_hub import FakeHub
@@ -467,6 +467,22 @@ def test_neither_a_path_nor_a_hub_id(spec: str, tmp_path: Path, monkeypatch: pyt
 
 
 # The parts by themselves
+
+
+@pytest.mark.parametrize(
+    ("spec", "repository"),
+    [
+        ("user/name", "user/name"),
+        ("user/name@main:folder/in.it", "user/name"),
+        *((spec, None) for spec in ("", "name", "a/b/c", "./a/b", "/a/b", "~/a", "here/model", "a--b/c", "a/b@..")),
+    ],
+)
+def test_which_repository_a_name_is_of(
+    spec: str, repository: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("here/model").mkdir(parents=True)
+    assert hub_repository(spec) == repository
 
 
 @pytest.mark.parametrize(
