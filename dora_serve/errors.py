@@ -49,6 +49,10 @@ class UnavailableError(DoraServeError):
     """Something optional is needed and not installed, or this machine cannot do what was asked."""
 
 
+class EngineError(DoraServeError):
+    """A request, or an adapter, that the engine cannot serve. It concerns that one alone: the others go on."""
+
+
 class VerificationError(DoraServeError):
     """What was written does not equal the unmerged model; `facts["report"]` holds the report."""
 

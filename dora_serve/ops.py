@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional
 
 MAX_RANK = 1 << 16
 """The largest denominator of a scaling: of alpha / r, or of alpha / sqrt(r) where r is a square."""
@@ -56,6 +57,76 @@ def add_delta(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, *,
     numerator, denominator = as_ratio(scaling)
     total = torch.addmm(weight, lora_b, lora_a, beta=denominator, alpha=numerator, out=out)
     return total if denominator == 1 else total.div_(denominator)
+
+
+def squared_row_norms(weight: Tensor) -> Tensor:
+    """`||w_i||^2` of each output row: weight (out, in) -> (out,) in float64. Memory: a block of rows in float64."""
+    squares = torch.empty(weight.shape[0], dtype=torch.float64, device=weight.device)
+    step = max(1, _BLOCK_ELEMENTS // max(1, weight.shape[1]))
+    for start in range(0, weight.shape[0], step):
+        squares[start : start + step] = weight[start : start + step].double().square_().sum(dim=1)
+    return squares
+
+
+def factored_row_norms(weight: Tensor, squares: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
+    """`||W + s B A||` of each output row without forming `B A`: (out,) in float64.
+
+    weight (out, in), squares its `squared_row_norms`, lora_a (r, in), lora_b (out, r):
+    `||w_i + s b_i A||^2 = ||w_i||^2 + 2 s b_i . (A w_i) + s^2 b_i (A A^T) b_i^T` (arXiv 2603.22276 factors it so).
+    The product `W A^T` is taken in float32 at least; a row whose terms cancel is computed straight from `W + s B A`.
+    """
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    product = torch.empty((weight.shape[0], lora_a.shape[0]), dtype=torch.float64, device=weight.device)
+    step = max(1, _BLOCK_ELEMENTS // max(1, weight.shape[1]))
+    columns = lora_a.to(wide).T
+    for start in range(0, weight.shape[0], step):
+        product[start : start + step] = weight[start : start + step].to(wide) @ columns
+    exact_a, exact_b = lora_a.double(), lora_b.double() * scaling
+    low_rank = (exact_b @ (exact_a @ exact_a.T)).mul_(exact_b).sum(dim=1)
+    total = squares + 2 * (exact_b * product).sum(dim=1) + low_rank
+    cancelled = (total < _CANCELLED * (squares + low_rank)).nonzero().flatten()
+    for rows in cancelled.split(step):
+        direct = weight[rows].double() + exact_b[rows] @ exact_a
+        total[rows] = direct.square_().sum(dim=1)
+    return total.clamp_(min=0).sqrt_()
+
+
+_BLOCK_ELEMENTS = 1 << 22
+_CANCELLED = 1e-2
+"""Below this share of its terms a sum in which one of them is a float32 product loses more than two digits."""
+
+
+def adapted_linear(
+    base: Tensor,
+    x: Tensor,
+    lora_a: Tensor | None,
+    lora_b: Tensor,
+    *,
+    chosen: Tensor | None = None,
+    norm_scale: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """`norm_scale * (W x + s B (A x)) + bias` for a batch whose rows may each have another adapter.
+
+    base (..., out) is W x; x (..., in), or A x already, (..., R), where lora_a is None. lora_a (R, in) and lora_b
+    (R, out) hold the factors of all adapters in the batch, one below the other, with s folded into lora_b; chosen
+    (..., R) is 1 where a rank belongs to the row's own adapter and 0 elsewhere, None where all rows have the same;
+    norm_scale (..., out) is 1 for a row without DoRA; bias (out,) or (..., out). All but `W x` is computed in the
+    factors' dtype, and the result rounded once to that of `base`.
+    """
+    low_rank = x.to(lora_b.dtype)
+    if lora_a is not None:
+        low_rank = functional.linear(low_rank, lora_a)
+    if chosen is not None:
+        low_rank = low_rank * chosen
+    wide = base.to(lora_b.dtype)
+    total = torch.addmm(wide.reshape(-1, wide.shape[-1]), low_rank.reshape(-1, low_rank.shape[-1]), lora_b)
+    total = total.view(base.shape)
+    if norm_scale is not None:
+        total *= norm_scale
+    if bias is not None:
+        total += bias
+    return total.to(base.dtype)
 
 
 def merge_weight(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, magnitude: Tensor | None) -> Tensor:

@@ -1,0 +1,140 @@
+"""A layer of the base that adds each row's own adapter: `norm_scale * (W x + s B (A x)) + bias`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dora_serve.engine.base_layers import lookup, without_bias
+from dora_serve.engine.factors import Factors, PreparedAdapter
+from dora_serve.ops import adapted_linear
+
+
+@dataclass(frozen=True)
+class Packed:
+    """The factors of a batch on one layer, those of all its adapters one below the other.
+
+    lora_A (R, in), lora_B (R, out); chosen (rows, 1, R), norm_scale and bias (rows, 1, out), each None where it would
+    say nothing. rows: of the batch.
+    """
+
+    lora_A: Tensor
+    lora_B: Tensor
+    chosen: Tensor | None
+    norm_scale: Tensor | None
+    bias: Tensor | None
+    rows: int
+
+
+class Batch:
+    """Which adapter each row of a forward has. Factors are packed layer by layer, once, when a forward first asks.
+
+    Made anew when the rows change, which is when requests start and end, not at every token. slots: (rows,) the place
+    of each row's adapter in `adapters`, -1 for the base.
+    """
+
+    def __init__(self, rows: tuple[PreparedAdapter | None, ...]) -> None:
+        self.rows = rows
+        self.adapters = tuple(dict.fromkeys(adapter for adapter in rows if adapter is not None))
+        places = {adapter: place for place, adapter in enumerate(self.adapters)}
+        self.slots = torch.tensor([-1 if adapter is None else places[adapter] for adapter in rows])
+        self._packed: dict[str, Packed | None] = {}
+
+    def of(self, layer: str) -> Packed | None:
+        """None where no row has an adapter on the layer."""
+        if layer not in self._packed:
+            self._packed[layer] = self._pack(layer)
+        return self._packed[layer]
+
+    def _pack(self, layer: str) -> Packed | None:
+        factors = [adapter.modules.get(layer) for adapter in self.adapters]
+        present = [(place, one) for place, one in enumerate(factors) if one is not None]
+        if not present:
+            return None
+        first = present[0][1]
+        device, slots = first.lora_A.device, self.slots.to(first.lora_A.device)
+        owners = torch.cat([torch.full((len(one.lora_A),), place, device=device) for place, one in present])
+        alike = len(present) == 1 and bool((slots == present[0][0]).all())
+        return Packed(
+            lora_A=first.lora_A if len(present) == 1 else torch.cat([one.lora_A for _, one in present]),
+            lora_B=first.lora_B if len(present) == 1 else torch.cat([one.lora_B for _, one in present]),
+            chosen=None if alike else (owners == slots[:, None]).to(first.lora_A.dtype)[:, None],
+            norm_scale=_by_row(factors, slots, first, "norm_scale", 1.0),
+            bias=_by_row(factors, slots, first, "bias", 0.0),
+            rows=len(self.rows),
+        )
+
+
+def _by_row(factors: list[Factors | None], slots: Tensor, like: Factors, field: str, neutral: float) -> Tensor | None:
+    """(rows, 1, out): the vector of each row's adapter, `neutral` for rows without; None where no adapter has one."""
+    vectors = [getattr(one, field, None) for one in factors]
+    if all(vector is None for vector in vectors):
+        return None
+    plain = like.lora_B.new_full((like.lora_B.shape[1],), neutral)
+    table = torch.stack([plain if vector is None else vector for vector in vectors] + [plain])
+    return table[slots][:, None]
+
+
+class BatchOfNow:
+    """What the layers of one model look at while a forward runs; None when only the base is wanted."""
+
+    batch: Batch | None = None
+
+
+class AdaptedLinear(nn.Module):
+    """A Linear, Conv1D, Embedding or bitsandbytes layer in the place of the base's own, which it holds as `base`.
+
+    Without an adapter on it in the batch of now it is that layer, bit for bit. Its input has the batch's rows first,
+    or all their tokens one after the other, as routers of experts are given them.
+    """
+
+    def __init__(self, base: nn.Module, name: str, now: BatchOfNow) -> None:
+        super().__init__()
+        self.base = base
+        self._name, self._now = name, now
+        self._without_bias = without_bias(base)
+
+    @property
+    def weight(self) -> Any:
+        """The base layer's own, for code that looks at a layer's weight: its dtype, its device, a tie."""
+        return self.base.weight
+
+    @property
+    def bias(self) -> Any:
+        return getattr(self.base, "bias", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch = self._now.batch
+        packed = None if batch is None else batch.of(self._name)
+        if packed is None:
+            return self.base(x)  # type: ignore[no-any-return]
+        tokens_first = x.ndim == (1 if isinstance(self.base, nn.Embedding) else 2)
+        if tokens_first:
+            x = x.view(packed.rows, -1, *x.shape[1:])
+        result = self._adapted(x, packed)
+        return result.flatten(0, 1) if tokens_first else result
+
+    def _adapted(self, x: Tensor, packed: Packed) -> Tensor:
+        plain = self._without_bias(x)
+        if isinstance(self.base, nn.Embedding):
+            # An embedding looks its A up; the rest is the same, with A x already known.
+            x, lora_a = lookup(self.base, packed.lora_A.T)(x), None
+        else:
+            lora_a = packed.lora_A
+        bias = self.bias
+        if packed.bias is not None:  # peft has lora_bias on LoRA alone, so it needs no norm_scale
+            bias = packed.bias if bias is None else packed.bias + bias
+        return adapted_linear(
+            plain, x, lora_a, packed.lora_B, chosen=packed.chosen, norm_scale=packed.norm_scale, bias=bias
+        )
+
+
+def put_layers(model: nn.Module, layers: Mapping[str, nn.Module], now: BatchOfNow) -> None:
+    """Put an AdaptedLinear into the place of each of the model's layers, by name."""
+    for name, layer in layers.items():
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, AdaptedLinear(layer, name, now))

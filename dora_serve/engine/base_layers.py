@@ -1,0 +1,83 @@
+"""What the engine asks of a base layer: its output without the bias, and its weights as a dense matrix.
+
+A quantized layer answers with the weights that it actually serves, since a DoRA norm is taken over those.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from dora_serve.module_names import is_conv1d
+
+
+def is_supported(module: nn.Module) -> bool:
+    """Whether adapters can be put on this kind of layer."""
+    return _is_embedding(module) or is_conv1d(module) or _is_plain_linear(module) or _is_bnb(module)
+
+
+def dense_matrix(module: Any) -> Tensor:
+    """The weight as (out, in), in a floating dtype: a view, or the dequantized copy of a bitsandbytes layer."""
+    if isinstance(module, nn.Embedding) or is_conv1d(module):
+        return module.weight.detach().T  # type: ignore[no-any-return]
+    if _is_bnb(module):
+        return _dequantized(module)
+    return module.weight.detach()  # type: ignore[no-any-return]
+
+
+def compute_dtype(module: Any) -> torch.dtype:
+    """The dtype in which the layer computes: that of its weights, unless these are codes."""
+    if module.weight.is_floating_point():
+        return module.weight.dtype  # type: ignore[no-any-return]
+    return getattr(module, "compute_dtype", None) or torch.float32
+
+
+def without_bias(module: Any) -> Callable[[Tensor], Tensor]:
+    """The layer's own function, less its bias."""
+    if isinstance(module, nn.Embedding):
+        return lambda ids: module(ids)
+    if is_conv1d(module):
+        return lambda x: x @ module.weight
+    if _is_plain_linear(module):
+        return lambda x: functional.linear(x, module.weight)
+    bare = copy.copy(module)  # the same weights, in a table of its own
+    bare._parameters = {**module._parameters, "bias": None}
+    return lambda x: bare(x)
+
+
+def lookup(module: nn.Embedding, table: Tensor) -> Callable[[Tensor], Tensor]:
+    """The embedding's own look-up in another table (num, r): a subclass may scale what it finds."""
+    other = copy.copy(module)
+    other._parameters = {"weight": nn.Parameter(table, requires_grad=False)}
+    return lambda ids: type(module).forward(other, ids)
+
+
+def _is_embedding(module: nn.Module) -> bool:
+    """Whether it looks up the ids it is given, and nothing else: some that embed positions take masks as well."""
+    return isinstance(module, nn.Embedding) and len(inspect.signature(module.forward).parameters) == 1
+
+
+def _is_plain_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+
+
+def _is_bnb(module: nn.Module) -> bool:
+    """Whether this is a bitsandbytes layer, told without importing that."""
+    kind = type(module)
+    return kind.__module__.startswith("bitsandbytes.nn") and kind.__name__ in ("Linear4bit", "Linear8bitLt")
+
+
+def _dequantized(module: Any) -> Tensor:
+    from bitsandbytes import functional as bnb
+
+    weight = module.weight
+    if type(module).__name__ == "Linear4bit":
+        return bnb.dequantize_4bit(weight.data, weight.quant_state)
+    scales = module.state.SCB if weight.SCB is None else weight.SCB
+    return bnb.int8_vectorwise_dequant(weight.data, scales)  # type: ignore[no-any-return]

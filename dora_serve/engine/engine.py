@@ -1,0 +1,287 @@
+"""One base model in memory, and the adapters of its pool on it, any of them in one batch.
+
+    engine = Engine.load("base")
+    engine.pool.load("dates", "examples/adapters/dates-dora")
+    for event in engine.generate([Request("On 3 May"), Request("On 3 May", adapter="dates")]):
+        print(event.index, event.text)
+
+Prompts are filled in one by one, then all rows decode together. Forwards of several threads take turns.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dora_serve.engine.adapted_linear import Batch, BatchOfNow, put_layers
+from dora_serve.engine.base_layers import dense_matrix, is_supported
+from dora_serve.engine.cache import RowCache, step_mask
+from dora_serve.engine.factors import Base, PreparedAdapter
+from dora_serve.engine.generation import Generation, complete
+from dora_serve.engine.pool import AdapterPool, Limits
+from dora_serve.engine.requests import Completion, Request
+from dora_serve.errors import CheckpointError, EngineError, UnavailableError
+from dora_serve.hub import locate
+from dora_serve.module_names import ModuleNames
+from dora_serve.ops import squared_row_norms
+from dora_serve.progress import OnProgress, Progress, ignore_progress
+
+_ATTENTION_KINDS = ("full_attention", "sliding_attention")
+_PROBE_TOKENS = 16
+
+
+class Engine:
+    """model: a causal language model of transformers, whose layers are replaced by ones that can add adapters.
+
+    tokenizer: None for a model that is given token ids and asked for them. max_rows: so many requests decode at a time.
+    device_limits, host_limits: of the pool's tiers, no limit by default. max_rank: larger adapters are refused.
+
+    Raises UnavailableError for an architecture whose attention cannot be batched here.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any = None,
+        *,
+        max_rows: int = 16,
+        max_rank: int = 256,
+        device_limits: Limits | None = None,
+        host_limits: Limits | None = None,
+        label: str = "this base",
+    ) -> None:
+        self.model, self.tokenizer, self.max_rows = model.eval(), tokenizer, max_rows
+        self.config = model.config.get_text_config()
+        self.device: torch.device = model.get_input_embeddings().weight.device
+        self.dtype: torch.dtype = model.dtype
+        _require_batchable(model, self.config)
+        self._accepts = frozenset(inspect.signature(model.forward).parameters)
+        self._lock = threading.Lock()
+        self._now = BatchOfNow()
+        self._generations: set[Generation] = set()
+        self._squared_norms: dict[str, Tensor] = {}
+        names = ModuleNames(model)
+        self._layers: Mapping[str, nn.Module] = _layers(model)
+        put_layers(model, self._layers, self._now)
+        self.vocabulary: int = self._layers_rows()
+        self.end_tokens = _end_tokens(model, tokenizer)
+        self.pool = AdapterPool(
+            Base(label, names, self._layers, self._squared_norm),
+            self.device,
+            max_rank=max_rank,
+            device_limits=device_limits,
+            host_limits=host_limits,
+            probe=self._largest_change,
+        )
+        self._probe_logits: Tensor | None = None
+
+    @staticmethod
+    def load(
+        base: str | Path,
+        *,
+        dtype: torch.dtype | None = None,
+        device: str | None = None,
+        on_progress: OnProgress = ignore_progress,
+        **options: Any,
+    ) -> Engine:
+        """An engine on a local folder or a Hub id (user/name[@revision]), through transformers.
+
+        dtype: None for the checkpoint's own. device: None for the GPU where there is one. options: Engine's.
+        Raises CheckpointError, HubError, UnavailableError for a base that cannot be had or is no language model.
+        """
+        try:
+            import transformers
+        except ImportError as error:
+            raise UnavailableError(
+                "The engine needs transformers, which is not installed.",
+                remedy="pip install 'dora-serve[serve]'",
+            ) from error
+        located = locate(str(base), what="base", on_progress=on_progress)
+        on_progress(Progress("loading the base", 0, None, ""))
+        where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            config = transformers.AutoConfig.from_pretrained(located.path)
+            kwargs: dict[str, Any] = {"dtype": dtype or "auto"}
+            if getattr(config, "quantization_config", None) is not None or where != "cpu":
+                kwargs["device_map"] = where
+            model = transformers.AutoModelForCausalLM.from_pretrained(located.path, **kwargs)
+        except (OSError, ValueError, ImportError) as error:
+            raise CheckpointError(
+                f"The base {str(base)!r} cannot be loaded as a causal language model: {error}",
+                remedy="Give a folder or Hub id of a causal language model that transformers knows.",
+                path=str(located.path),
+            ) from error
+        return Engine(model, _tokenizer(located.path), label=f"the base {str(base)!r}", **options)
+
+    def generate(self, requests: Sequence[Request], *, max_rows: int | None = None) -> Generation:
+        """Answer all requests, at most `max_rows` at a time; iterate over what this returns for the events.
+
+        A request that cannot be answered gets an event with its error, and the others go on.
+        """
+        if isinstance(requests, Request):
+            requests = [requests]
+        generation = Generation(self, requests, min(max_rows or self.max_rows, max(1, len(requests))))
+        return generation
+
+    def complete(self, requests: Sequence[Request], *, max_rows: int | None = None) -> tuple[Completion, ...]:
+        """Answer all requests and return when the last has ended."""
+        return complete(self.generate(requests, max_rows=max_rows))
+
+    # What a generation needs
+
+    def tokenize(self, request: Request) -> list[int]:
+        """The token ids of a request's prompt. Raises EngineError where it has none, or no sound ones."""
+        if (request.prompt is None) == (request.messages is None):
+            raise EngineError("A request has a prompt or messages, and not both.", remedy="Give one of them.")
+        if request.messages is not None:
+            tokens = self._chat_tokens(request.messages)
+        elif isinstance(request.prompt, str):
+            if not request.prompt:
+                raise EngineError("The prompt is empty.", remedy="Give at least one character.")
+            tokens = list(self._tokenizer_or_raise()(request.prompt)["input_ids"])
+        else:
+            tokens = [int(token) for token in request.prompt or ()]
+        if not tokens:
+            raise EngineError("The prompt has no tokens.", remedy="Give at least one.")
+        wrong = [token for token in tokens if not 0 <= token < self.vocabulary]
+        if wrong:
+            raise EngineError(
+                f"The prompt has the token id {wrong[0]}, and the vocabulary {self.vocabulary} tokens.",
+                remedy="Use this base's own tokenizer.",
+            )
+        return tokens
+
+    def room_for(self, request: Request, prompt_tokens: int) -> int:
+        """How many tokens may follow. Raises EngineError where there is none, or max_tokens is below 1."""
+        if request.max_tokens is not None and request.max_tokens < 1:
+            raise EngineError(f"max_tokens is {request.max_tokens}, wanted 1 or more.", remedy="Correct the request.")
+        context = self.context
+        left = None if context is None else context - prompt_tokens
+        if left is not None and left < 1:
+            raise EngineError(
+                f"The prompt has {prompt_tokens} tokens, and the context has room for {context}, with at least one to "
+                "follow.",
+                remedy="Shorten the prompt.",
+                prompt_tokens=prompt_tokens,
+                context=context,
+            )
+        wanted = [room for room in (request.max_tokens, left) if room is not None]
+        return min(wanted) if wanted else 1 << 20
+
+    @property
+    def context(self) -> int | None:
+        """How many tokens a text can have, None where the configuration does not say."""
+        for key in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
+            value = getattr(self.config, key, None)
+            if isinstance(value, int) and value > 0:
+                return value
+        return None
+
+    def token_text(self, token: int) -> str:
+        """A token by itself, special tokens by name."""
+        return "" if self.tokenizer is None else str(self.tokenizer.decode([token]))
+
+    def forward(self, batch: Batch | None, tokens: Tensor, cache: RowCache | None = None) -> Tensor:
+        """Logits: of all places (rows, tokens, vocabulary) without a cache, of the last (rows, vocabulary) with one."""
+        inputs: dict[str, Any] = {"input_ids": tokens, "use_cache": cache is not None}
+        if cache is None or cache.filling is not None:
+            inputs["attention_mask"] = torch.ones_like(tokens)
+        else:
+            inputs["attention_mask"] = step_mask(cache, self.config, self.device, self.dtype)
+        if "position_ids" in self._accepts:
+            whole = torch.arange(tokens.shape[1], device=self.device).expand(tokens.shape)
+            inputs["position_ids"] = whole if cache is None or cache.filling is not None else cache.places[:, None]
+        if cache is not None:
+            inputs["past_key_values"] = cache.layers
+            if "logits_to_keep" in self._accepts:
+                inputs["logits_to_keep"] = 1
+        with self._lock, torch.inference_mode():
+            self._now.batch = batch if batch is not None and batch.adapters else None
+            try:
+                logits: Tensor = self.model(**inputs).logits
+            finally:
+                self._now.batch = None
+        return logits if cache is None else logits[:, -1]
+
+    def is_serving_others(self, generation: Generation) -> bool:
+        """Whether adapters are in use that `generation` does not hold."""
+        return any(info.in_use for info in self.pool.list())
+
+    def _chat_tokens(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        if not messages:
+            raise EngineError("The request has no messages.", remedy="Give at least one.")
+        tokenizer = self._tokenizer_or_raise()
+        if not getattr(tokenizer, "chat_template", None):
+            raise EngineError(
+                "This base's tokenizer has no chat template, so messages cannot be put into one prompt.",
+                remedy="Give a plain prompt.",
+            )
+        try:
+            text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # whatever a template of somebody else's raises
+            raise EngineError(
+                f"The chat template does not take these messages: {error}",
+                remedy='Each message is {"role": "system" | "user" | "assistant", "content": text}.',
+            ) from error
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _tokenizer_or_raise(self) -> Any:
+        if self.tokenizer is None:
+            raise EngineError("This engine has no tokenizer.", remedy="Give the prompt as token ids.")
+        return self.tokenizer
+
+    def _squared_norm(self, layer: str) -> Tensor:
+        if layer not in self._squared_norms:
+            self._squared_norms[layer] = squared_row_norms(dense_matrix(self._layers[layer]))
+        return self._squared_norms[layer]
+
+    def _largest_change(self, adapter: PreparedAdapter) -> float:
+        """How far an adapter moves the logits of some fixed tokens from the base's."""
+        spread = torch.linspace(0, self.vocabulary - 1, _PROBE_TOKENS, device=self.device).long()[None]
+        if self._probe_logits is None:
+            self._probe_logits = self.forward(None, spread)
+        return float((self.forward(Batch((adapter,)), spread).float() - self._probe_logits.float()).abs().max())
+
+    def _layers_rows(self) -> int:
+        return int(self.model.get_input_embeddings().weight.shape[0])
+
+
+def _layers(model: nn.Module) -> dict[str, nn.Module]:
+    """All layers that adapters can be put on, by name."""
+    return {name: module for name, module in model.named_modules() if name and is_supported(module)}
+
+
+def _require_batchable(model: Any, config: Any) -> None:
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    other = sorted(kinds - set(_ATTENTION_KINDS))
+    if other or getattr(config, "is_encoder_decoder", False) or getattr(config, "attention_chunk_size", None):
+        what = ", ".join(other) or ("an encoder" if config.is_encoder_decoder else "chunked attention")
+        raise UnavailableError(
+            f"{type(model).__name__} has {what}, whose state the engine cannot keep by row.",
+            remedy="Merge the adapter with dora-export and serve the result elsewhere.",
+        )
+
+
+def _end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
+    found: set[int] = set()
+    for owner in (getattr(model, "generation_config", None), model.config, tokenizer):
+        value = getattr(owner, "eos_token_id", None)
+        found.update(value if isinstance(value, (list, tuple)) else [] if value is None else [value])
+        if found:
+            break
+    return frozenset(found)
+
+
+def _tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, ImportError, KeyError):
+        return None

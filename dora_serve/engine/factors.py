@@ -1,0 +1,179 @@
+"""An adapter made ready for one base: of each module the three tensors that a forward needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from dora_serve.adapter import Adapter, LoraWeights, Replacement
+from dora_serve.engine.base_layers import compute_dtype, dense_matrix
+from dora_serve.errors import PlanError, Problem
+from dora_serve.module_names import ModuleNames, is_conv1d
+from dora_serve.ops import factored_row_norms, norm_scale
+
+
+@dataclass(frozen=True)
+class Factors:
+    """Of one module: lora_A (r, in), lora_B (r, out) with the scaling folded in, norm_scale and bias (out,) or None.
+
+    For an embedding `in` is the vocabulary. The dtype is the layer's own, and float32 at least.
+    """
+
+    lora_A: Tensor
+    lora_B: Tensor
+    norm_scale: Tensor | None
+    bias: Tensor | None
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        found = (self.lora_A, self.lora_B, self.norm_scale, self.bias)
+        return tuple(tensor for tensor in found if tensor is not None)
+
+    def to(self, device: torch.device) -> Factors:
+        def move(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.to(device)
+
+        return Factors(self.lora_A.to(device), self.lora_B.to(device), move(self.norm_scale), move(self.bias))
+
+
+@dataclass(frozen=True)
+class PreparedAdapter:
+    """modules: by run-time name. rank: the largest. Two are the same adapter only if they are the same object."""
+
+    name: str
+    modules: Mapping[str, Factors]
+    method: str
+    rank: int
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for factors in self.modules.values() for tensor in factors.tensors)
+
+    @property
+    def norm_scale_nbytes(self) -> int:
+        """What DoRA costs over LoRA."""
+        scales = (factors.norm_scale for factors in self.modules.values())
+        return sum(scale.nbytes for scale in scales if scale is not None)
+
+    def to(self, device: torch.device) -> PreparedAdapter:
+        return replace(self, modules={name: factors.to(device) for name, factors in self.modules.items()})
+
+    # Compared by identity, and so usable as a key: a replaced adapter keeps its name and is another one.
+    __hash__ = object.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+
+@dataclass(frozen=True)
+class Base:
+    """What preparing needs of the model. layers: the layers that can be adapted, by run-time name. squared_norms:
+    `||w_i||^2` of a layer by name, computed when first asked for and shared by all adapters.
+    """
+
+    label: str
+    names: ModuleNames
+    layers: Mapping[str, nn.Module]
+    squared_norms: Callable[[str], Tensor]
+
+
+def prepare(name: str, adapter: Adapter, base: Base, max_rank: int) -> PreparedAdapter:
+    """Factors for every module of the adapter, on the devices of their layers.
+
+    Raises PlanError with everything that does not fit the base, is beyond `max_rank`, or cannot be served unmerged.
+    """
+    problems = list(_unservable(adapter, base))
+    modules: dict[str, Factors] = {}
+    for weights in adapter.modules:
+        found = _find(weights, base, max_rank)
+        if isinstance(found, Problem):
+            problems.append(found)
+        elif found in modules:
+            problems.append(Problem(weights.module, f"the module {found} twice", "one update of each"))
+        elif not problems:
+            modules[found] = _factors(weights, base.layers[found], base.squared_norms, found)
+    if not problems and any(not torch.isfinite(tensor).all() for one in modules.values() for tensor in one.tensors):
+        wrong = [path for path, one in modules.items() if any(not torch.isfinite(part).all() for part in one.tensors)]
+        problems.append(
+            Problem(wrong[0], "values that are NaN or infinite, or a row of W + s B A that is zero", "finite ones")
+        )
+    if problems:
+        said = f" It says it was trained on {adapter.base!r}." if adapter.base else ""
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        raise PlanError(
+            f"The adapter {str(adapter.path)!r} cannot be served on {base.label}: {count}.{said}",
+            problems,
+            remedy="Serve it on the base that it was trained on; what an engine cannot do unmerged, "
+            "`dora-export merge` may.",
+        )
+    return PreparedAdapter(name, modules, adapter.method, max((w.rank for w in adapter.modules), default=0))
+
+
+def _find(weights: LoraWeights, base: Base, max_rank: int) -> str | Problem:
+    """The run-time name of a module that fits, or what is wrong with it."""
+    name = base.names.find(weights.module)
+    if name is None:
+        nearest = base.names.nearest(weights.module)
+        hint = f"the nearest names there are {', '.join(nearest)}" if nearest else None
+        return Problem(weights.module, "no such module in the base", "a layer to adapt", hint)
+    layer = base.layers.get(name)
+    if layer is None:
+        kind = type(base.names.modules[name]).__name__
+        return Problem(weights.module, f"a {kind}", "a Linear, Conv1D or Embedding layer, or one of bitsandbytes")
+    if weights.rank > max_rank:
+        return Problem(weights.module, f"rank {weights.rank}", f"at most {max_rank}", "raise the engine's max_rank")
+    wanted, got = (weights.lora_B.shape[0], weights.lora_A.shape[1]), _out_in(layer)
+    if wanted != got:
+        factors = f"lora_A {list(weights.lora_A.shape)} and lora_B {list(weights.lora_B.shape)}"
+        return Problem(weights.module, factors, f"[r, {got[1]}] and [{got[0]}, r]", "this is a base of another size")
+    return name
+
+
+def _out_in(layer: nn.Module) -> tuple[int, int]:
+    if isinstance(layer, nn.Linear):
+        return layer.out_features, layer.in_features
+    shape = layer.weight.shape
+    assert isinstance(layer, nn.Embedding) or is_conv1d(layer)
+    return int(shape[1]), int(shape[0])  # type: ignore[index]
+
+
+def _factors(weights: LoraWeights, layer: nn.Module, squared_norms: Callable[[str], Tensor], name: str) -> Factors:
+    device = next(layer.parameters()).device
+    dtype = torch.promote_types(compute_dtype(layer), torch.float32)
+    lora_a, lora_b = weights.lora_A.load().to(device), weights.lora_B.load().to(device)
+    scale = bias = None
+    if weights.magnitude is not None:
+        norms = factored_row_norms(dense_matrix(layer), squared_norms(name), lora_a, lora_b, weights.scaling)
+        scale = norm_scale(weights.magnitude.load().to(norms), norms).to(dtype)
+    if weights.lora_bias is not None:
+        bias = (weights.lora_bias.load().to(device, torch.float64) * weights.scaling).to(dtype)
+    scaled = (lora_b.double() * weights.scaling).to(dtype).T.contiguous()
+    return Factors(lora_a.to(dtype).contiguous(), scaled, scale, bias)
+
+
+def _unservable(adapter: Adapter, base: Base) -> list[Problem]:
+    """What has no unmerged form here: each by name, never left out in silence."""
+    wanted = "LoRA or DoRA factors on single layers"
+    hint = "merge it with dora-export and serve the result"
+    problems = [Problem(one.module, "LoRA on a parameter of experts", wanted, hint) for one in adapter.experts]
+    problems += [Problem(rows.module, "trained token rows", wanted, hint) for rows in adapter.token_rows]
+    if adapter.config.get("layer_replication"):
+        problems.append(Problem("layer_replication", "layers that the base does not have", wanted, hint))
+    for replacement in adapter.replacements:
+        if not _is_the_base(replacement, base):
+            kind = "a trained bias" if replacement.role == "bias" else "a whole trained tensor"
+            problems.append(Problem(replacement.name, kind, wanted, hint))
+    return problems
+
+
+def _is_the_base(replacement: Replacement, base: Base) -> bool:
+    """Whether a saved tensor is what the base has anyway: peft saves an embedding along with an adapter on it."""
+    path, _, leaf = replacement.name.rpartition(".")
+    name = base.names.find(path)
+    own = getattr(base.names.modules[name], leaf, None) if name is not None else None
+    if not isinstance(own, Tensor) or own.shape != replacement.tensor.shape:
+        return False
+    return torch.equal(replacement.tensor.load().to(own.device, own.dtype), own.detach())

@@ -1,0 +1,252 @@
+"""The decoding of a list of requests, batched: rows fill up as others end, and every token is an event.
+
+It knows rows, tokens and requests, and the pool's leases; of how an adapter is applied it knows nothing.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from dora_serve.engine.adapted_linear import Batch
+from dora_serve.engine.cache import RowCache
+from dora_serve.engine.factors import PreparedAdapter
+from dora_serve.engine.requests import Alternative, Completion, Event, FinishReason, Request, Timings
+from dora_serve.engine.sampling import choose, new_generator
+from dora_serve.engine.text import TextStream
+from dora_serve.errors import DoraServeError, EngineError
+
+if TYPE_CHECKING:
+    from dora_serve.engine.engine import Engine
+
+
+@dataclass(eq=False)
+class _Row:
+    """A request that is being answered. tokens: the prompt and all that followed, the last one not in the cache yet."""
+
+    index: int
+    request: Request
+    adapter: PreparedAdapter | None
+    release: Callable[[], None]
+    tokens: list[int]
+    prompt_tokens: int
+    room: int
+    generator: torch.Generator
+    text: TextStream
+    queued: float
+    began: float
+    first_token: float = 0.0
+
+    @property
+    def made(self) -> int:
+        return len(self.tokens) - self.prompt_tokens
+
+
+class Generation:
+    """Iterate over it for the events; `cancel` ends one request, from any thread; `close` ends all.
+
+    A step of the model is done when the next event is asked for and none is waiting. Several generations may run on one
+    engine, each in its own thread: their steps take turns.
+    """
+
+    def __init__(self, engine: Engine, requests: Sequence[Request], max_rows: int) -> None:
+        self.requests = tuple(requests)
+        self._engine = engine
+        self._waiting: deque[tuple[int, Request]] = deque(enumerate(self.requests))
+        self._rows: list[_Row] = []
+        self._max_rows = max_rows
+        self._cache = RowCache(max_rows)
+        self._batch: Batch | None = None
+        self._cancelled: set[int] = set()
+        self._queued = time.perf_counter()
+        self._lock = threading.Lock()
+        self._events = self._run()
+
+    def __iter__(self) -> Iterator[Event]:
+        return self._events
+
+    def __next__(self) -> Event:
+        return next(self._events)
+
+    def cancel(self, index: int) -> None:
+        """End the request at place `index`; it gets an event that says so. One that has ended stays as it is."""
+        if not 0 <= index < len(self.requests):
+            raise EngineError(f"There is no request {index}: there are {len(self.requests)}.", remedy="Count from 0.")
+        with self._lock:
+            self._cancelled.add(index)
+
+    def close(self) -> None:
+        """End all that runs and let go of their adapters. Events that have not been asked for are lost."""
+        self._events.close()
+
+    def _run(self) -> Generator[Event]:
+        try:
+            while self._waiting or self._rows:
+                yield from self._drop_cancelled()
+                yield from self._admit()
+                if self._rows:
+                    yield from self._step()
+        finally:
+            for row in self._rows:
+                row.release()
+            self._rows.clear()
+
+    def _drop_cancelled(self) -> Iterator[Event]:
+        with self._lock:
+            cancelled, self._cancelled = self._cancelled, set()
+        if not cancelled:
+            return
+        for index, request in [pair for pair in self._waiting if pair[0] in cancelled]:
+            self._waiting.remove((index, request))
+            yield Event(index, finish_reason="cancelled", timings=self._no_time(time.perf_counter()))
+        for row in [row for row in self._rows if row.index in cancelled]:
+            yield self._end(row, "cancelled")
+
+    def _admit(self) -> Iterator[Event]:
+        """Give free rows to waiting requests, in their order; one whose adapter has no room yet lets others pass."""
+        kept: list[tuple[int, Request]] = []
+        while self._waiting and len(self._rows) < self._max_rows:
+            index, request = self._waiting.popleft()
+            try:
+                row = self._new_row(index, request)
+                logits = self._fill(row)
+            except DoraServeError as error:
+                if error.facts.get("full") and (self._rows or self._engine.is_serving_others(self)):
+                    kept.append((index, request))
+                    continue
+                yield Event(index, finish_reason="error", error=error, timings=self._no_time(time.perf_counter()))
+                continue
+            yield from self._take(row, logits)
+        self._waiting.extendleft(reversed(kept))
+        if kept and not self._rows:
+            time.sleep(0.005)  # another generation holds what these wait for
+
+    def _new_row(self, index: int, request: Request) -> _Row:
+        began = time.perf_counter()
+        request.sampling.require_sound()
+        tokens = self._engine.tokenize(request)
+        room = self._engine.room_for(request, len(tokens))
+        adapter, release = None, _nothing
+        if request.adapter is not None:
+            adapter, release = self._engine.pool.acquire(request.adapter)
+        return _Row(
+            index=index,
+            request=request,
+            adapter=adapter,
+            release=release,
+            tokens=tokens,
+            prompt_tokens=len(tokens),
+            room=room,
+            generator=new_generator(request.sampling),
+            text=TextStream(self._engine.tokenizer, request.stop),
+            queued=self._queued,
+            began=began,
+        )
+
+    def _fill(self, row: _Row) -> Tensor:
+        """Put a prompt into the cache: by itself, so that its numbers are the same whatever runs beside it."""
+        place = len(self._rows)
+        try:
+            self._cache.begin_fill(place)
+            tokens = torch.tensor([row.tokens], device=self._engine.device)
+            logits = self._engine.forward(Batch((row.adapter,)), tokens, self._cache)
+            self._cache.end(len(row.tokens))
+        except BaseException:
+            row.release()
+            raise
+        self._rows.append(row)
+        self._batch = None
+        row.first_token = time.perf_counter()
+        return logits[0]
+
+    def _step(self) -> Iterator[Event]:
+        """One token for every row."""
+        if self._batch is None:
+            self._batch = Batch(tuple(row.adapter for row in self._rows))
+        self._cache.begin_step(len(self._rows), self._engine.device)
+        tokens = torch.tensor([row.tokens[-1:] for row in self._rows], device=self._engine.device)
+        logits = self._engine.forward(self._batch, tokens, self._cache)
+        self._cache.end(1)
+        # Rows move when one ends, so the list is taken as it is now.
+        for row, scores in zip(tuple(self._rows), logits, strict=True):
+            yield from self._take(row, scores)
+
+    def _take(self, row: _Row, logits: Tensor) -> Iterator[Event]:
+        """Choose a row's next token from its logits (vocabulary,), and end the row where that is the last one."""
+        logits = logits.float()
+        token = choose(logits, row.request.sampling, row.tokens, row.generator)
+        row.tokens.append(token)
+        logprobs = logits.log_softmax(dim=-1)
+        ended = token in self._engine.end_tokens and not row.request.ignore_eos
+        text = "" if ended else row.text.push(token)
+        yield Event(row.index, text, token, float(logprobs[token]), self._alternatives(row.request, logprobs))
+        if ended or row.text.stopped:
+            yield self._end(row, "stop")
+        elif row.made >= row.room:
+            yield self._end(row, "length")
+
+    def _alternatives(self, request: Request, logprobs: Tensor) -> tuple[Alternative, ...]:
+        if not request.top_logprobs:
+            return ()
+        values, ids = logprobs.topk(min(request.top_logprobs, len(logprobs)))
+        return tuple(
+            Alternative(token, self._engine.token_text(token), value)
+            for token, value in zip(ids.tolist(), values.tolist(), strict=True)
+        )
+
+    def _end(self, row: _Row, reason: FinishReason) -> Event:
+        """Give the row's place to the last row, and its adapter back."""
+        place, last = self._rows.index(row), len(self._rows) - 1
+        if place != last:
+            self._cache.move(last, place)
+            self._rows[place] = self._rows[last]
+        self._rows.pop()
+        self._batch = None
+        row.release()
+        now = time.perf_counter()
+        timings = Timings(
+            waiting=row.began - row.queued,
+            first_token=row.first_token - row.began,
+            decoding=now - row.first_token,
+            prompt_tokens=row.prompt_tokens,
+            tokens=row.made,
+        )
+        return Event(row.index, row.text.close(), finish_reason=reason, timings=timings)
+
+    def _no_time(self, now: float) -> Timings:
+        return Timings(now - self._queued, 0.0, 0.0, 0, 0)
+
+
+def _nothing() -> None:
+    """What there is to release where there is no adapter."""
+
+
+def complete(generation: Generation) -> tuple[Completion, ...]:
+    """Run to the end, and put the events of each request together, in the order of the requests."""
+    events: list[list[Event]] = [[] for _ in generation.requests]
+    for event in generation:
+        events[event.index].append(event)
+    return tuple(_completion(request, found) for request, found in zip(generation.requests, events, strict=True))
+
+
+def _completion(request: Request, events: Sequence[Event]) -> Completion:
+    tokens: list[Any] = [event for event in events if event.token_id is not None]
+    last = events[-1]
+    assert last.finish_reason is not None
+    return Completion(
+        adapter=request.adapter,
+        text="".join(event.text for event in events),
+        token_ids=tuple(event.token_id for event in tokens),
+        logprobs=tuple(event.logprob for event in tokens),
+        alternatives=tuple(event.alternatives for event in tokens),
+        finish_reason=last.finish_reason,
+        timings=last.timings,
+        error=last.error,
+    )

@@ -1,0 +1,323 @@
+"""Adapters by name, in three tiers: ready on the device, ready in host memory, or only known on disk.
+
+What was used last stays nearest; what a request is using, and what is pinned, stays where it is. Replacing an adapter
+does not touch requests that run: they hold the one that they began with. Safe to call from several threads.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from dora_serve.adapter import Adapter
+from dora_serve.engine.factors import Base, PreparedAdapter, prepare
+from dora_serve.errors import AdapterError, EngineError
+from dora_serve.formats import ReadOptions, read_adapter
+
+Tier = Literal["device", "host", "disk"]
+BASE_NAME = "base"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Of a tier: adapters, bytes, both or neither."""
+
+    count: int | None = None
+    nbytes: int | None = None
+
+    def hold(self, sizes: list[int]) -> bool:
+        """Whether adapters of these sizes fit."""
+        return (self.count is None or len(sizes) <= self.count) and (self.nbytes is None or sum(sizes) <= self.nbytes)
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """modules: how many layers the adapter touches. changes_output: whether the logits of a probe differ from the
+    base's at all, and largest_change by how much; both None where there was no probe. replaced: whether there was one
+    of that name.
+    """
+
+    name: str
+    modules: int
+    method: str
+    rank: int
+    nbytes: int
+    seconds: float
+    changes_output: bool | None
+    largest_change: float | None
+    replaced: bool
+
+
+@dataclass(frozen=True)
+class AdapterInfo:
+    """One line of `list`. in_use: requests that run with it now, those with an earlier one of its name included."""
+
+    name: str
+    path: Path
+    format: str
+    method: str
+    rank: int
+    modules: int
+    nbytes: int
+    tier: Tier
+    pinned: bool
+    in_use: int
+    load_seconds: float
+    changes_output: bool | None
+
+
+@dataclass(eq=False)
+class _Entry:
+    """One load of an adapter. files: what they were when it was read, to notice that they are others now."""
+
+    name: str
+    path: Path
+    options: ReadOptions | None
+    format: str
+    files: Mapping[Path, tuple[int, int]]
+    prepared: PreparedAdapter | None
+    report: LoadReport
+    tier: Tier = "device"
+    pinned: bool = False
+    users: int = 0
+    gone: bool = False
+    loading: threading.Lock = field(default_factory=threading.Lock)
+
+
+class AdapterPool:
+    """probe: the largest change of the base's logits under an adapter, on some fixed tokens; None to leave it out."""
+
+    def __init__(
+        self,
+        base: Base,
+        device: torch.device,
+        *,
+        max_rank: int = 256,
+        device_limits: Limits | None = None,
+        host_limits: Limits | None = None,
+        probe: Callable[[PreparedAdapter], float] | None = None,
+    ) -> None:
+        self._base, self._device, self._probe, self.max_rank = base, device, probe, max_rank
+        self._limits: dict[Tier, Limits] = {"device": device_limits or Limits(), "host": host_limits or Limits()}
+        self._entries: OrderedDict[str, _Entry] = OrderedDict()  # the least recently used first
+        self._lock = threading.RLock()
+
+    def load(
+        self,
+        name: str,
+        path: Path | str,
+        *,
+        replace: bool = False,
+        pin: bool = False,
+        options: ReadOptions | None = None,
+    ) -> LoadReport:
+        """Read an adapter of any known format and make it ready; requests may name it from then on.
+
+        Raises EngineError for a name that is taken (unless `replace`) or a device tier that is full of adapters in use,
+        AdapterError for files that are unsound, PlanError where it does not fit the base. Then nothing has changed.
+        """
+        self._require_name(name, replace)
+        began = time.perf_counter()
+        adapter = read_adapter(Path(path), options)
+        prepared = prepare(name, adapter, self._base, self.max_rank)
+        change = None if self._probe is None else self._probe(prepared)
+        with self._lock:
+            self._require_name(name, replace)
+            old = self._entries.get(name)
+            report = LoadReport(
+                name=name,
+                modules=len(prepared.modules),
+                method=prepared.method,
+                rank=prepared.rank,
+                nbytes=prepared.nbytes,
+                seconds=time.perf_counter() - began,
+                changes_output=None if change is None else change > 0,
+                largest_change=change,
+                replaced=old is not None,
+            )
+            entry = _Entry(name, Path(path), options, adapter.format, _stamps(adapter), prepared, report, pinned=pin)
+            self._make_room(entry, without=old)
+            if old is not None:
+                entry.pinned |= old.pinned
+                old.gone = True
+            self._entries[name] = entry
+            self._entries.move_to_end(name)
+        return report
+
+    def unload(self, name: str) -> None:
+        """Forget an adapter. Raises EngineError where there is none of that name or requests are using it."""
+        with self._lock:
+            entry = self._entry(name)
+            if entry.users:
+                count = "1 request is" if entry.users == 1 else f"{entry.users} requests are"
+                raise EngineError(
+                    f"The adapter {name!r} is not unloaded: {count} using it.",
+                    remedy="Wait until they end, or cancel them. An adapter can be replaced while it is in use.",
+                    adapter=name,
+                    in_use=entry.users,
+                )
+            entry.gone = True
+            del self._entries[name]
+
+    def pin(self, name: str, pinned: bool = True) -> None:
+        """Keep an adapter on the device whatever else is loaded, or no longer. Raises EngineError where there is none,
+        or the device tier has no room for it."""
+        entry = self._entry(name)
+        if pinned:
+            with self.lease(name):  # which brings it there
+                entry.pinned = True
+        entry.pinned = pinned
+
+    def list(self) -> tuple[AdapterInfo, ...]:
+        """All adapters, by name."""
+        with self._lock:
+            return tuple(_info(self._entries[name]) for name in sorted(self._entries))
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    @contextmanager
+    def lease(self, name: str) -> Iterator[PreparedAdapter]:
+        """The adapter on the device, where it stays until the block ends. Raises what `acquire` raises."""
+        prepared, release = self.acquire(name)
+        try:
+            yield prepared
+        finally:
+            release()
+
+    def acquire(self, name: str) -> tuple[PreparedAdapter, Callable[[], None]]:
+        """The adapter on the device, and what to call once when it is no longer used.
+
+        Raises EngineError where there is none of that name, its files have changed since it was loaded, or the device
+        tier is full of adapters in use (`facts["full"]` is true then: a later call may succeed).
+        """
+        with self._lock:
+            entry = self._entry(name)
+            entry.users += 1  # from here on it is not taken away
+            self._entries.move_to_end(name)
+        try:
+            prepared = self._on_device(entry)
+        except BaseException:
+            self._release(entry)
+            raise
+        return prepared, lambda: self._release(entry)
+
+    def _release(self, entry: _Entry) -> None:
+        with self._lock:
+            entry.users -= 1
+
+    def _on_device(self, entry: _Entry) -> PreparedAdapter:
+        with entry.loading:
+            with self._lock:
+                if entry.tier == "device":
+                    assert entry.prepared is not None
+                    return entry.prepared
+                self._make_room(entry)
+                prepared = entry.prepared
+            # Neither reading nor copying holds up the others.
+            prepared = self._read_again(entry) if prepared is None else prepared.to(self._device)
+            with self._lock:
+                self._make_room(entry)
+                entry.prepared, entry.tier = prepared, "device"
+        return prepared
+
+    def _read_again(self, entry: _Entry) -> PreparedAdapter:
+        adapter = read_adapter(entry.path, entry.options)
+        if _stamps(adapter) != entry.files:
+            raise EngineError(
+                f"The adapter {entry.name!r} was moved out of memory, and since it was loaded its files in "
+                f"{str(entry.path)!r} have changed.",
+                remedy="Load it again with replace=True.",
+                adapter=entry.name,
+            )
+        return prepare(entry.name, adapter, self._base, self.max_rank)
+
+    def _entry(self, name: str) -> _Entry:
+        with self._lock:
+            entry = self._entries.get(name)
+            if entry is None:
+                loaded = ", ".join(sorted(self._entries)) or "none"
+                raise EngineError(
+                    f"There is no adapter {name!r} (loaded: {loaded}).", remedy="Load it first.", adapter=name
+                )
+            return entry
+
+    def _require_name(self, name: str, replace: bool) -> None:
+        if not name or name == BASE_NAME:
+            raise EngineError(
+                f"An adapter cannot be called {name!r}" + (": that is the base's name." if name else "."),
+                remedy="Give it another name.",
+            )
+        if name in self._entries and not replace:
+            raise EngineError(
+                f"There is an adapter {name!r} already, from {str(self._entries[name].path)!r}.",
+                remedy="Give this one another name, or load it with replace=True.",
+                adapter=name,
+            )
+
+    def _make_room(self, entry: _Entry, without: _Entry | None = None) -> None:
+        """Move the least recently used from the device to the host, and on to the disk, until `entry` fits.
+
+        Raises EngineError where all that is in its way is in use or pinned; then nothing was moved.
+        """
+        here = [other for other in self._entries.values() if other.tier == "device" and other not in (entry, without)]
+        leaving: list[_Entry] = []
+        limits, size = self._limits["device"], entry.report.nbytes
+        for other in [*(one for one in here if not (one.users or one.pinned)), None]:
+            if limits.hold([one.report.nbytes for one in here if one not in leaving] + [size]):
+                break
+            if other is None:
+                held = ", ".join(sorted(one.name for one in here if one.users or one.pinned)) or "none"
+                raise EngineError(
+                    f"There is no room on the device for the adapter {entry.name!r} ({size:,} bytes, limits: "
+                    f"{limits.count} adapters, {limits.nbytes} bytes); in use or pinned: {held}.",
+                    remedy="Wait until requests end, unpin one, or give the engine a larger limit.",
+                    adapter=entry.name,
+                    full=bool(held != "none"),
+                )
+            leaving.append(other)
+        for other in leaving:
+            assert other.prepared is not None
+            other.prepared, other.tier = other.prepared.to(torch.device("cpu")), "host"
+        hosted = [other for other in self._entries.values() if other.tier == "host" and other not in (entry, without)]
+        for other in list(hosted):
+            if self._limits["host"].hold([one.report.nbytes for one in hosted]):
+                break
+            other.prepared, other.tier = None, "disk"
+            hosted.remove(other)
+
+
+def _stamps(adapter: Adapter) -> dict[Path, tuple[int, int]]:
+    try:
+        found = {path: path.stat() for path in adapter.files}
+    except OSError as error:
+        raise AdapterError(
+            f"The adapter {str(adapter.path)!r} changed while it was read: {error}.", remedy="Load it again."
+        ) from error
+    return {path: (stat.st_size, stat.st_mtime_ns) for path, stat in found.items()}
+
+
+def _info(entry: _Entry) -> AdapterInfo:
+    report = entry.report
+    return AdapterInfo(
+        name=entry.name,
+        path=entry.path,
+        format=entry.format,
+        method=report.method,
+        rank=report.rank,
+        modules=report.modules,
+        nbytes=report.nbytes,
+        tier=entry.tier,
+        pinned=entry.pinned,
+        in_use=entry.users,
+        load_seconds=report.seconds,
+        changes_output=report.changes_output,
+    )
