@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 
@@ -23,6 +23,12 @@ _BUFFERS = re.compile(
     r"(^|\.)(rotary_emb\.inv_freq|attn\.masked_bias|attention\.masked_bias|position_ids|num_batches_tracked)$"
 )
 _CAUSAL_MASK = re.compile(r"(^|\.)(attn|attention)\.bias$")
+
+_NOT_THE_MODEL = frozenset(
+    {"transformers_version", "dtype", "torch_dtype", "use_cache", "auto_map", "custom_pipelines"}
+    | {"id2label", "label2id"}
+)
+"""Keys of config.json that say who wrote it, how it is stored, called or run, and not what it computes."""
 
 
 @dataclass(frozen=True)
@@ -230,6 +236,40 @@ def _config_findings(plan: MergePlan, merged: ShardedCheckpoint) -> list[Finding
         name = ".".join(path)
         findings.append(Finding("config", f"config.json says {name} = {got!r}, wanted {wanted!r}.", (name,)))
     return findings
+
+
+def config_difference(plan: MergePlan, merged: ShardedCheckpoint) -> str | None:
+    """What config.json says otherwise than the base's, as a clause; None for nothing that can change the model.
+
+    Only keys that both have are compared, since versions of transformers add keys and rename them (rope_theta became
+    rope_parameters). What the plan changes, and ties, are findings of `check_structure` by themselves.
+    """
+    judged = {*plan.config_changes, ("tie_word_embeddings",), ("text_config", "tie_word_embeddings")}
+    found = {path: pair for path, pair in _differing(plan.base.config, merged.config) if path not in judged}
+    if not found:
+        return None
+    shown = [f"{'.'.join(path)} = {got!r}, wanted {wanted!r}" for path, (wanted, got) in list(found.items())[:6]]
+    more = f"; and {len(found) - 6} more" if len(found) > 6 else ""
+    return f"config.json says {'; '.join(shown)}{more}"
+
+
+def _differing(
+    wanted: Mapping[str, object], got: Mapping[str, object], above: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], tuple[object, object]]]:
+    """The path, wanted and found value of every key that both have with different values."""
+    for key, value in wanted.items():
+        other = got.get(key)
+        # null leaves a value to the family's code, and saving writes what that made of it, or the other way round.
+        if value is None or other is None or value == other or key in _NOT_THE_MODEL or key.startswith("_"):
+            continue
+        if isinstance(value, dict) and isinstance(other, dict):
+            yield from _differing(value, other, (*above, key))
+        elif key != "architectures" or not _same_members(value, other):
+            yield (*above, key), (value, other)
+
+
+def _same_members(one: object, other: object) -> bool:
+    return isinstance(one, list) and isinstance(other, list) and sorted(map(str, one)) == sorted(map(str, other))
 
 
 def _lookup(config: Mapping[str, object], path: tuple[str, ...]) -> object:

@@ -14,22 +14,28 @@ from dora_serve.errors import CheckpointError
 from dora_serve.forward_check import ForwardOptions, ForwardReport, check_forward
 from dora_serve.plan import MergePlan
 from dora_serve.progress import OnProgress, ignore_progress
+from dora_serve.structure_check import config_difference
 from dora_serve.tensor_check import check_tensors
 from dora_serve.tensor_report import TensorReport
 
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """Both checks. unreadable: why the folder could not even be opened; the checks are None then."""
+    """Both checks. unreadable: why the folder could not even be opened; the checks are None then.
+
+    config: what its config.json says otherwise than the base's, None for nothing. The forward runs with what it says
+    and so is the judge of it; where the forward was not run there is none, and it is a failure.
+    """
 
     tensors: TensorReport | None
     forward: ForwardReport | None
     unreadable: str | None = None
+    config: str | None = None
 
     @property
     def passed(self) -> bool:
         """Whether every tensor is right and the forward, where it can be run at all, agrees."""
-        if self.tensors is None or not self.tensors.passed:
+        if self.tensors is None or not self.tensors.passed or self._config_failures:
             return False
         return self.forward is None or not self.forward.failures
 
@@ -39,7 +45,22 @@ class VerifyReport:
         if self.unreadable is not None:
             return (self.unreadable,)
         found = [finding.message for finding in self.tensors.findings] if self.tensors else []
-        return (*found, *(self.forward.failures if self.forward else ()))
+        return (*found, *self._config_failures, *(self.forward.failures if self.forward else ()))
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader may want to know of the folder and is not wrong."""
+        return (f"{self.config}; the forward was run with it.",) if self.config and self._ran else ()
+
+    @property
+    def _config_failures(self) -> tuple[str, ...]:
+        if self.config is None or self._ran:
+            return ()
+        return (f"{self.config}; the forward was not run, so nothing shows that this changes nothing.",)
+
+    @property
+    def _ran(self) -> bool:
+        return self.forward is not None and self.forward.ran
 
     @property
     def changes_nothing(self) -> bool:
@@ -49,6 +70,7 @@ class VerifyReport:
         return {
             "passed": self.passed,
             "failures": list(self.failures),
+            "notes": list(self.notes),
             "tensors": self.tensors.summary() if self.tensors else None,
             "forward": self.forward.to_json() if self.forward else None,
         }
@@ -67,8 +89,9 @@ def verify(
     with `merged` itself is in the report. Peak memory: one model at a time, and logits.
     """
     try:
-        tensors = check_tensors(plan, open_checkpoint(merged), on_progress=on_progress)
+        checkpoint = open_checkpoint(merged)
+        tensors = check_tensors(plan, checkpoint, on_progress=on_progress)
     except CheckpointError as error:
         return VerifyReport(None, None, str(error))
     forward = check_forward(plan.base.folder, plan.adapter, merged, options, on_progress=on_progress)
-    return VerifyReport(tensors, forward)
+    return VerifyReport(tensors, forward, config=config_difference(plan, checkpoint))

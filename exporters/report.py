@@ -56,6 +56,8 @@ def verification_text(report: VerifyReport) -> str:
         parts.append(format_table(_tensor_rows(report.tensors), ("every tensor", "result")))
     if report.forward is not None:
         parts.append(_forward_text(report.forward))
+    if report.notes:
+        parts.append("\n".join(f"Note: {note}" for note in report.notes))
     if not report.passed:
         parts.append("FAILED:\n" + "\n".join(f"  - {failure}" for failure in report.failures[:20]))
         if report.tensors is not None and report.tensors.ranked:

@@ -14,6 +14,7 @@ from dora_serve.errors import CheckpointError
 from dora_serve.formats import read_adapter
 from dora_serve.plan import MergePlan
 from dora_serve.resolve import plan_merge
+from dora_serve.structure_check import config_difference
 from dora_serve.tensor_check import check_tensors
 from tests.faults import FAULTS, UNREADABLE, WORLDS, World
 
@@ -41,8 +42,10 @@ def planned(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Planned
 def test_the_right_merge_passes(planned: Callable[[str], Planned], name: str) -> None:
     """PEFT's own, in float64. Of the tied world it makes none: that is one of the faults."""
     here = planned(name)
-    report = check_tensors(here.plan, open_checkpoint(here.world.merged))
+    merged = open_checkpoint(here.world.merged)
+    report = check_tensors(here.plan, merged)
     assert report.passed, [finding.message for finding in report.findings]
+    assert config_difference(here.plan, merged) is None
 
 
 CASES = [(name, world) for name, fault in FAULTS.items() for world in fault.worlds]

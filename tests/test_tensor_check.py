@@ -35,7 +35,7 @@ from dora_serve.reference_weight import (
     within,
 )
 from dora_serve.resolve import plan_merge
-from dora_serve.structure_check import match_names
+from dora_serve.structure_check import config_difference, match_names
 from dora_serve.tensor_check import check_tensors
 from dora_serve.tensor_report import TensorReport
 from exporters.safetensors import write_model
@@ -416,8 +416,10 @@ def test_a_clean_merge_by_peft_is_no_alarm(clean: Prepared) -> None:
     """PEFT as its users run it: the base in its own dtype, the adapter in float32 (its default)."""
     dtype = DTYPES[clean.case.dtype]
     base = load_base(clean.base, clean.model, torch.float32 if clean.case.in_float32 else dtype)
-    report = check(clean.plan, peft_merge(base, clean.adapter, clean.root / "peft", dtype))
+    merged = peft_merge(base, clean.adapter, clean.root / "peft", dtype)
+    report = check(clean.plan, merged)
     assert report.passed, [finding.message for finding in report.findings]
+    assert config_difference(clean.plan, open_checkpoint(merged)) is None
     assert _adapted(report) >= 2
     assert report.counts.keys() <= {"exact", "float32 arithmetic", "tied", "buffer"}
     unmerged = check(clean.plan, clean.base)
