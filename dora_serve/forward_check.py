@@ -33,7 +33,6 @@ from __future__ import annotations
 import gc
 import importlib.util
 import math
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
@@ -49,6 +48,7 @@ from dora_serve.comparison import Comparison, Tolerance, compare, dtype_name, sc
 from dora_serve.errors import CheckpointError, DoraServeError, PlanError, UnavailableError
 from dora_serve.progress import OnProgress, Progress, ignore_progress
 from dora_serve.prompts import Sample, make_samples, read_prompts
+from dora_serve.quiet import quiet_transformers
 from dora_serve.reference import Attached, attach_adapter
 
 ROUNDED_FACTOR = 2.5
@@ -175,7 +175,7 @@ def check_forward(
     prompts = read_prompts(options.prompts) if options.prompts is not None else None
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     check = _Check(base_folder, adapter, merged_folder, options, prompts, device, on_progress)
-    with _quiet(), _full_precision(), torch.inference_mode():
+    with quiet_transformers(), _full_precision(), torch.inference_mode():
         return check.run()
 
 
@@ -547,24 +547,6 @@ def _as_cannot_run(what: str) -> Iterator[None]:
     except Exception as error:
         first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
         raise _CannotRun(f"{what}: {type(error).__name__}: {first[:300]}") from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep transformers' warnings and progress bars off the terminal, and Python's warnings with them."""
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dora_serve.engine.engine import Engine
-from dora_serve.engine.generation import Generation
+from dora_serve.engine.generation import Generation, complete
 from dora_serve.engine.pool import AdapterInfo, AdapterPool, Limits, LoadReport
 from dora_serve.engine.requests import Alternative, Completion, Event, Request, Timings
 from dora_serve.engine.sampling import Sampling
@@ -23,5 +23,6 @@ __all__ = [
     "Sampling",
     "Score",
     "Timings",
+    "complete",
     "score",
 ]

@@ -31,6 +31,7 @@ from dora_serve.hub import locate
 from dora_serve.module_names import ModuleNames
 from dora_serve.ops import squared_row_norms
 from dora_serve.progress import OnProgress, Progress, ignore_progress
+from dora_serve.quiet import quiet_transformers
 
 _ATTENTION_KINDS = ("full_attention", "sliding_attention")
 _PROBE_TOKENS = 16
@@ -64,7 +65,6 @@ class Engine:
         self._accepts = frozenset(inspect.signature(model.forward).parameters)
         self._lock = threading.Lock()
         self._now = BatchOfNow()
-        self._generations: set[Generation] = set()
         self._squared_norms: dict[str, Tensor] = {}
         names = ModuleNames(model)
         self._layers: Mapping[str, nn.Module] = _layers(model)
@@ -110,7 +110,8 @@ class Engine:
             kwargs: dict[str, Any] = {"dtype": dtype or "auto"}
             if getattr(config, "quantization_config", None) is not None or where != "cpu":
                 kwargs["device_map"] = where
-            model = transformers.AutoModelForCausalLM.from_pretrained(located.path, **kwargs)
+            with quiet_transformers():
+                model = transformers.AutoModelForCausalLM.from_pretrained(located.path, **kwargs)
         except (OSError, ValueError, ImportError) as error:
             raise CheckpointError(
                 f"The base {str(base)!r} cannot be loaded as a causal language model: {error}",
@@ -209,9 +210,19 @@ class Engine:
                 self._now.batch = None
         return logits if cache is None else logits[:, -1]
 
-    def is_serving_others(self, generation: Generation) -> bool:
-        """Whether adapters are in use that `generation` does not hold."""
-        return any(info.in_use for info in self.pool.list())
+    @property
+    def closeness(self) -> float:
+        """Choices of a token that are closer than this, in logits, are made by a forward of that request alone.
+
+        A row's numbers depend a little on how many rows there are, since a library picks its kernels by that: in
+        float32 by some 1e-5, so that this is far more, and one token in a thousand is so close. In 16 bits a forward
+        alone would be wanted at every tenth token; oneDNN's bfloat16, on a CPU, does not depend on the rows at all.
+        """
+        return 1e-3 if self.dtype in (torch.float32, torch.float64) else 0.0
+
+    def logits_alone(self, adapter: PreparedAdapter | None, tokens: Sequence[int]) -> Tensor:
+        """The logits (vocabulary,) after a text, in float32, from a forward that has nothing else in it."""
+        return self.forward(Batch((adapter,)), torch.tensor([tokens], device=self.device))[0, -1].float()
 
     def _chat_tokens(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         if not messages:

@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,13 +18,29 @@ from torch import Tensor
 from dora_serve.engine.adapted_linear import Batch
 from dora_serve.engine.cache import RowCache
 from dora_serve.engine.factors import PreparedAdapter
+from dora_serve.engine.pool import AdapterPool
 from dora_serve.engine.requests import Alternative, Completion, Event, FinishReason, Request, Timings
-from dora_serve.engine.sampling import choose, new_generator
+from dora_serve.engine.sampling import choose, draw, new_generator
 from dora_serve.engine.text import TextStream
 from dora_serve.errors import DoraServeError, EngineError
+from dora_serve.progress import OnProgress, Progress, ignore_progress
 
-if TYPE_CHECKING:
-    from dora_serve.engine.engine import Engine
+
+class Decoder(Protocol):
+    """What a generation needs of the engine."""
+
+    pool: AdapterPool
+    tokenizer: Any
+    device: torch.device
+    end_tokens: frozenset[int]
+
+    @property
+    def closeness(self) -> float: ...
+    def tokenize(self, request: Request) -> list[int]: ...
+    def room_for(self, request: Request, prompt_tokens: int) -> int: ...
+    def token_text(self, token: int) -> str: ...
+    def forward(self, batch: Batch | None, tokens: Tensor, cache: RowCache | None = None) -> Tensor: ...
+    def logits_alone(self, adapter: PreparedAdapter | None, tokens: Sequence[int]) -> Tensor: ...
 
 
 @dataclass(eq=False)
@@ -56,7 +72,7 @@ class Generation:
     engine, each in its own thread: their steps take turns.
     """
 
-    def __init__(self, engine: Engine, requests: Sequence[Request], max_rows: int) -> None:
+    def __init__(self, engine: Decoder, requests: Sequence[Request], max_rows: int) -> None:
         self.requests = tuple(requests)
         self._engine = engine
         self._waiting: deque[tuple[int, Request]] = deque(enumerate(self.requests))
@@ -118,7 +134,7 @@ class Generation:
                 row = self._new_row(index, request)
                 logits = self._fill(row)
             except DoraServeError as error:
-                if error.facts.get("full") and (self._rows or self._engine.is_serving_others(self)):
+                if error.facts.get("full") and (self._rows or self._engine.pool.is_in_use()):
                     kept.append((index, request))
                     continue
                 yield Event(index, finish_reason="error", error=error, timings=self._no_time(time.perf_counter()))
@@ -180,8 +196,13 @@ class Generation:
 
     def _take(self, row: _Row, logits: Tensor) -> Iterator[Event]:
         """Choose a row's next token from its logits (vocabulary,), and end the row where that is the last one."""
-        logits = logits.float()
-        token = choose(logits, row.request.sampling, row.tokens, row.generator)
+        logits, sampling = logits.float(), row.request.sampling
+        noise = draw(len(logits), sampling, row.generator)
+        choice = choose(logits, sampling, row.tokens, noise)
+        if row.made and choice.margin < self._engine.closeness:
+            # Rounding differs with the rows beside it, so this is settled as if there were none.
+            choice = choose(self._engine.logits_alone(row.adapter, row.tokens), sampling, row.tokens, noise)
+        token = choice.token
         row.tokens.append(token)
         logprobs = logits.log_softmax(dim=-1)
         ended = token in self._engine.end_tokens and not row.request.ignore_eos
@@ -228,11 +249,14 @@ def _nothing() -> None:
     """What there is to release where there is no adapter."""
 
 
-def complete(generation: Generation) -> tuple[Completion, ...]:
+def complete(generation: Generation, on_progress: OnProgress = ignore_progress) -> tuple[Completion, ...]:
     """Run to the end, and put the events of each request together, in the order of the requests."""
     events: list[list[Event]] = [[] for _ in generation.requests]
+    tokens = 0
     for event in generation:
         events[event.index].append(event)
+        tokens += event.token_id is not None
+        on_progress(Progress("generating", tokens, None, "tokens"))
     return tuple(_completion(request, found) for request, found in zip(generation.requests, events, strict=True))
 
 

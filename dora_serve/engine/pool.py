@@ -21,6 +21,7 @@ from dora_serve.adapter import Adapter
 from dora_serve.engine.factors import Base, PreparedAdapter, prepare
 from dora_serve.errors import AdapterError, EngineError
 from dora_serve.formats import ReadOptions, read_adapter
+from dora_serve.hub import locate
 
 Tier = Literal["device", "host", "disk"]
 BASE_NAME = "base"
@@ -121,12 +122,15 @@ class AdapterPool:
     ) -> LoadReport:
         """Read an adapter of any known format and make it ready; requests may name it from then on.
 
+        path: a folder or file, or a Hub id (user/name[@revision][:folder]).
+
         Raises EngineError for a name that is taken (unless `replace`) or a device tier that is full of adapters in use,
         AdapterError for files that are unsound, PlanError where it does not fit the base. Then nothing has changed.
         """
         self._require_name(name, replace)
         began = time.perf_counter()
-        adapter = read_adapter(Path(path), options)
+        folder = locate(path, what="adapter").path if isinstance(path, str) else path
+        adapter = read_adapter(folder, options)
         prepared = prepare(name, adapter, self._base, self.max_rank)
         change = None if self._probe is None else self._probe(prepared)
         with self._lock:
@@ -143,7 +147,7 @@ class AdapterPool:
                 largest_change=change,
                 replaced=old is not None,
             )
-            entry = _Entry(name, Path(path), options, adapter.format, _stamps(adapter), prepared, report, pinned=pin)
+            entry = _Entry(name, folder, options, adapter.format, _stamps(adapter), prepared, report, pinned=pin)
             self._make_room(entry, without=old)
             if old is not None:
                 entry.pinned |= old.pinned
@@ -180,6 +184,11 @@ class AdapterPool:
         """All adapters, by name."""
         with self._lock:
             return tuple(_info(self._entries[name]) for name in sorted(self._entries))
+
+    def is_in_use(self) -> bool:
+        """Whether any request holds an adapter now, so that waiting for room has a point."""
+        with self._lock:
+            return any(entry.users for entry in self._entries.values())
 
     def __contains__(self, name: object) -> bool:
         return name in self._entries

@@ -49,30 +49,81 @@ def new_generator(sampling: Sampling) -> torch.Generator:
     return generator
 
 
-def choose(logits: Tensor, sampling: Sampling, so_far: Sequence[int], generator: torch.Generator) -> int:
-    """The next token of a row: logits (vocabulary,) in float32, so_far the prompt and what followed it."""
-    scores = _warped(logits, sampling, so_far)
+@dataclass(frozen=True)
+class Choice:
+    """A token, and how far in units of the logits the next best was from being chosen in its place."""
+
+    token: int
+    margin: float
+
+
+def draw(vocabulary: int, sampling: Sampling, generator: torch.Generator) -> Tensor | None:
+    """The randomness of one token, (vocabulary,): the logarithm of exponential variates; None at temperature 0."""
     if sampling.temperature == 0:
-        return int(scores.argmax())
-    probabilities = torch.softmax(scores, dim=-1).cpu()
-    return int(torch.multinomial(probabilities, 1, generator=generator))
+        return None
+    return torch.empty(vocabulary).exponential_(generator=generator).log_()
 
 
-def _warped(logits: Tensor, sampling: Sampling, so_far: Sequence[int]) -> Tensor:
-    if (sampling.temperature, sampling.repetition_penalty) == (0, 1):
+def choose(logits: Tensor, sampling: Sampling, so_far: Sequence[int], noise: Tensor | None) -> Choice:
+    """The next token of a row: logits (vocabulary,) in float32, so_far the text's tokens until now, noise from `draw`.
+
+    A token wins a race in which each runs at the rate of its probability, which is how torch.multinomial draws one; the
+    noise belongs to the token, not to its rank, so that a small change of the logits rarely changes the winner.
+    """
+    scores = _penalized(logits, sampling.repetition_penalty, so_far)
+    if noise is None:
+        return _first(scores, 1.0)
+    scores = scores / sampling.temperature
+    race = scores - noise.to(scores)
+    if not sampling.top_k and sampling.top_p == 1:
+        return _first(race, sampling.temperature)
+    kept, slack = _kept(scores, sampling)
+    among = _first(race[kept], sampling.temperature)
+    choice = Choice(int(kept[among.token]), among.margin)
+    # Whether the last ones are kept is a matter of rounding, too: would another token win without them, or with more?
+    for other in slack:
+        if len(other) and int(other[_first(race[other], 1.0).token]) != choice.token:
+            return Choice(choice.token, 0.0)
+    return choice
+
+
+def _first(scores: Tensor, unit: float) -> Choice:
+    best = scores.topk(min(2, len(scores)))
+    return Choice(int(best.indices[0]), float(best.values[0] - best.values[-1]) * unit if len(scores) > 1 else math.inf)
+
+
+def _penalized(logits: Tensor, penalty: float, so_far: Sequence[int]) -> Tensor:
+    """As transformers' RepetitionPenaltyLogitsProcessor (arXiv 1909.05858, section 4.1)."""
+    if penalty == 1:
         return logits
-    from transformers.generation import logits_process
+    seen = torch.tensor(sorted(set(so_far)), device=logits.device)
+    values = logits[seen]
+    return logits.index_copy(0, seen, torch.where(values < 0, values * penalty, values / penalty))
 
-    steps: list[logits_process.LogitsProcessor] = []
-    if sampling.repetition_penalty != 1:
-        steps.append(logits_process.RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
-    if sampling.temperature != 0:
-        steps.append(logits_process.TemperatureLogitsWarper(float(sampling.temperature)))
-        if sampling.top_k:
-            steps.append(logits_process.TopKLogitsWarper(sampling.top_k))
-        if sampling.top_p < 1:
-            steps.append(logits_process.TopPLogitsWarper(sampling.top_p))
-    scores, tokens = logits[None], torch.tensor([list(so_far)], device=logits.device)
-    for step in steps:
-        scores = step(tokens, scores)
-    return scores[0]
+
+_FEW = 1024
+"""A nucleus is nearly always within so many of the likeliest, and sorting a whole vocabulary takes milliseconds."""
+
+_SLACK = 1e-4
+"""Of a probability: more than rounding moves a sum of them."""
+
+
+def _kept(scores: Tensor, sampling: Sampling) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """The ids that top_k and then top_p keep, likeliest first, and those that they would keep if they were a little
+    smaller or larger. As transformers' TopKLogitsWarper, TopPLogitsWarper: the fewest whose sum reaches top_p."""
+    size = min(sampling.top_k + 1, len(scores)) if sampling.top_k else min(_FEW, len(scores))
+    values, ids = scores.topk(size)
+    allowed = min(sampling.top_k, len(scores)) if sampling.top_k else len(scores)
+    if sampling.top_p == 1:
+        return ids[:allowed], (ids[: allowed - 1], ids[: allowed + 1])
+    total = values[:allowed].logsumexp(0) if sampling.top_k else scores.logsumexp(0)
+    reached = (values - total).exp().cumsum(0)
+    if not sampling.top_k and float(reached[-1]) < sampling.top_p + _SLACK and size < len(scores):
+        values, ids = scores.sort(descending=True)
+        reached = (values - total).exp().cumsum(0)
+    counts = [
+        min(int((reached < sampling.top_p + slack).sum()) + 1, limit)
+        for slack, limit in ((0.0, allowed), (-_SLACK, max(1, allowed - 1)), (_SLACK, min(allowed + 1, len(ids))))
+    ]
+    kept, fewer, more = (ids[:count] for count in counts)
+    return kept, (fewer, more)

@@ -1,0 +1,176 @@
+"""`dora-serve`: the command line of the engine. It parses, runs one batch, and prints what came out.
+
+Nothing heavy is imported until a command runs, so `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+from dora_serve import __version__
+from dora_serve.console import EXIT_FAILED, CommandParser, device_argument, name_argument, run_command
+
+if TYPE_CHECKING:
+    from dora_serve.engine import Completion, LoadReport, Request
+
+DTYPE_NAMES = ("float32", "bfloat16", "float16")
+BASE_COLUMN = "base"
+
+
+def build_parser() -> CommandParser:
+    parser = CommandParser(
+        prog="dora-serve", description="Serve many LoRA and DoRA adapters on one base model, in one batch."
+    )
+    parser.add_argument("--version", action="version", version=f"dora-serve {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    generate = commands.add_parser(
+        "generate", help="continue one prompt with the base and with every adapter given, in one batch"
+    )
+    generate.add_argument("base", type=name_argument, metavar="BASE", help="folder, or Hub id as user/name[@revision]")
+    generate.add_argument(
+        "--adapter",
+        type=_adapter,
+        action="append",
+        default=[],
+        metavar="NAME=PATH",
+        help="an adapter, from a folder or a Hub id; may be said many times",
+    )
+    generate.add_argument("--prompt", required=True, metavar="TEXT")
+    generate.add_argument("--chat", action="store_true", help="put the prompt into the base's chat template")
+    generate.add_argument("--system", metavar="TEXT", help="the system message that goes before it; implies --chat")
+    generate.add_argument("--max-tokens", type=int, default=128, metavar="N", help="at most so many (%(default)s)")
+    generate.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest token (%(default)s)"
+    )
+    generate.add_argument("--top-p", type=float, default=1.0, metavar="P")
+    generate.add_argument("--top-k", type=int, default=0, metavar="K")
+    generate.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R")
+    generate.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text")
+    generate.add_argument("--seed", type=int, default=0, metavar="S", help="of the sampling (%(default)s)")
+    generate.add_argument("--dtype", choices=DTYPE_NAMES, help="of the base; default: the checkpoint's own")
+    generate.add_argument(
+        "--device", type=device_argument, default="auto", help="auto, cpu, cuda, cuda:N (%(default)s)"
+    )
+    generate.add_argument("--allow-pickle", action="store_true", help="read a .bin adapter, as weights only")
+    generate.add_argument(
+        "--ignore-config", action="append", default=[], metavar="KEY", help="a key known not to change the weights"
+    )
+    generate.add_argument("--json", action="store_true", help="print one JSON object a line: a column each")
+    generate.set_defaults(run=_generate)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 0, 1 for a failure, 2 for wrong usage, 130 for Ctrl-C."""
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    names = [name for name, _ in options.adapter]
+    for name in names:
+        if names.count(name) > 1:
+            parser.error(f"generate: two adapters are called {name!r}")
+    return run_command("dora-serve", lambda: int(options.run(options)), as_json=options.json)
+
+
+def _adapter(text: str) -> tuple[str, str]:
+    name, equals, path = text.partition("=")
+    if not (name and equals and path):
+        raise argparse.ArgumentTypeError(f"{text!r} is no NAME=PATH")
+    if name == BASE_COLUMN:
+        raise argparse.ArgumentTypeError(f"{BASE_COLUMN!r} is the base's own name: call the adapter something else")
+    return name, path
+
+
+def _generate(options: argparse.Namespace) -> int:
+    import torch
+
+    from dora_serve.engine import Engine, complete
+    from dora_serve.formats import ReadOptions
+    from dora_serve.terminal import TerminalProgress
+
+    read = ReadOptions(options.allow_pickle, frozenset(options.ignore_config))
+    with ExitStack() as stack:
+        progress = stack.enter_context(TerminalProgress())
+        engine = Engine.load(
+            options.base,
+            dtype=getattr(torch, options.dtype) if options.dtype else None,
+            device=None if options.device == "auto" else options.device,
+            max_rows=len(options.adapter) + 1,
+            on_progress=progress,
+        )
+        reports = {name: engine.pool.load(name, path, options=read) for name, path in options.adapter}
+        requests = [_request(options, None), *(_request(options, name) for name in reports)]
+        completions = complete(engine.generate(requests), on_progress=progress)
+    for completion in completions:
+        report = reports.get(completion.adapter or "")
+        print(json.dumps(_column(completion)) if options.json else _shown(completion, report))
+    return EXIT_FAILED if any(completion.error for completion in completions) else 0
+
+
+def _request(options: argparse.Namespace, adapter: str | None) -> Request:
+    from dora_serve.engine import Request, Sampling
+
+    sampling = Sampling(
+        temperature=options.temperature,
+        top_p=options.top_p,
+        top_k=options.top_k,
+        repetition_penalty=options.repetition_penalty,
+        seed=options.seed,
+    )
+    chat = options.chat or options.system is not None
+    system = [{"role": "system", "content": options.system}] if options.system is not None else []
+    return Request(
+        prompt=None if chat else options.prompt,
+        messages=[*system, {"role": "user", "content": options.prompt}] if chat else None,
+        adapter=adapter,
+        sampling=sampling,
+        max_tokens=options.max_tokens,
+        stop=tuple(options.stop),
+    )
+
+
+def _column(completion: Completion) -> dict[str, Any]:
+    """One line of --json."""
+    timings, error = completion.timings, completion.error
+    column: dict[str, Any] = {
+        "adapter": completion.adapter or BASE_COLUMN,
+        "text": completion.text,
+        "token_ids": list(completion.token_ids),
+        "finish_reason": completion.finish_reason,
+        "timings": timings
+        and {
+            "waiting_s": timings.waiting,
+            "first_token_s": timings.first_token,
+            "decoding_s": timings.decoding,
+            "prompt_tokens": timings.prompt_tokens,
+            "tokens": timings.tokens,
+            "tokens_per_s": timings.tokens_per_second,
+        },
+    }
+    if error is not None:
+        column["error"] = {"type": type(error).__name__, "message": error.message, "remedy": error.remedy}
+    return column
+
+
+def _shown(completion: Completion, report: LoadReport | None) -> str:
+    """A column for a person: whose it is, how it went, and the text."""
+    timings = completion.timings
+    facts = [report.method, f"rank {report.rank}", f"{report.modules} modules"] if report else []
+    if report and report.changes_output is False:
+        facts.append("CHANGES NOTHING")
+    if timings and completion.error is None:
+        rate = timings.tokens_per_second
+        facts.append(f"{timings.tokens} tokens" + (f", {rate:.1f} a second" if rate else ""))
+        facts.append({"stop": "ended by itself", "length": "cut off"}.get(completion.finish_reason, ""))
+    head = f"{completion.adapter or BASE_COLUMN} ({', '.join(filter(None, facts))})" if facts else BASE_COLUMN
+    body = completion.text if completion.error is None else f"error: {completion.error}"
+    return f"--- {head}\n{body}\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
