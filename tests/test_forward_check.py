@@ -174,11 +174,13 @@ def test_a_clean_merge_passes(family: str, dtype: torch.dtype, use_dora: bool, t
     assert report.deployed_dtype == str(dtype).removeprefix("torch.")
     assert report.architecture == world.kind.__name__
     assert report.base is not None
-    assert not report.changes_nothing
+    # What bfloat16 costs is up to the CPU's kernels: with AMX's a tiny wav2vec2 loses ten times what its adapter does.
+    assert report.unmerged_deployed is not None
+    drowned = family == "wav2vec2" and report.unmerged_deployed.rms > 5 * report.base.rms
+    assert report.changes_nothing == drowned
     assert report.merged_wide is not None
     assert report.merged_deployed is not None
-    assert report.unmerged_deployed is not None
-    assert report.base.rms > 2 * report.unmerged_deployed.rms
+    assert drowned or report.base.rms > 2 * report.unmerged_deployed.rms
     if dtype in (torch.bfloat16, torch.float16):
         # PEFT merges in float32 and rounds once: all but a few elements in a hundred thousand are the formula's.
         assert report.rounded is not None
