@@ -72,28 +72,29 @@ def factored_row_norms(weight: Tensor, squares: Tensor, lora_a: Tensor, lora_b: 
     """`||W + s B A||` of each output row without forming `B A`: (out,) in float64.
 
     weight (out, in), squares its `squared_row_norms`, lora_a (r, in), lora_b (out, r):
-    `||w_i + s b_i A||^2 = ||w_i||^2 + 2 s b_i . (A w_i) + s^2 b_i (A A^T) b_i^T` (arXiv 2603.22276 factors it so).
-    The product `W A^T` is taken in float32 at least; a row whose terms cancel is computed straight from `W + s B A`.
+    `||w_i + s b_i A||^2 = ||w_i||^2 + s b_i . (2 A w_i + A A^T s b_i)` (arXiv 2603.22276 factors it so).
+    The terms of the adapter are taken in float32 at least; a row whose terms cancel is computed straight from
+    `W + s B A` in float64.
     """
     wide = torch.promote_types(weight.dtype, torch.float32)
-    product = torch.empty((weight.shape[0], lora_a.shape[0]), dtype=torch.float64, device=weight.device)
+    near_a, near_b = lora_a.to(wide), lora_b.to(wide) * scaling
+    gram = near_a @ near_a.T
     step = max(1, _BLOCK_ELEMENTS // max(1, weight.shape[1]))
-    columns = lora_a.to(wide).T
-    for start in range(0, weight.shape[0], step):
-        product[start : start + step] = weight[start : start + step].to(wide) @ columns
-    exact_a, exact_b = lora_a.double(), lora_b.double() * scaling
-    low_rank = (exact_b @ (exact_a @ exact_a.T)).mul_(exact_b).sum(dim=1)
-    total = squares + 2 * (exact_b * product).sum(dim=1) + low_rank
-    cancelled = (total < _CANCELLED * (squares + low_rank)).nonzero().flatten()
-    for rows in cancelled.split(step):
-        direct = weight[rows].double() + exact_b[rows] @ exact_a
-        total[rows] = direct.square_().sum(dim=1)
-    return total.clamp_(min=0).sqrt_()
+    blocks = [functional.linear(near_a, block.to(wide)).T for block in weight.split(step)]
+    product = blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+    change = torch.addmm(product, near_b, gram, beta=2).mul_(near_b).sum(dim=1, dtype=torch.float64)
+    total = squares + change
+    cancelled = (total < _CANCELLED * squares).nonzero().flatten()
+    if len(cancelled):
+        exact_a, exact_b = lora_a.double(), lora_b.double() * scaling
+        for rows in cancelled.split(step):
+            total[rows] = (weight[rows].double() + exact_b[rows] @ exact_a).square_().sum(dim=1)
+    return total.sqrt_()
 
 
 _BLOCK_ELEMENTS = 1 << 22
 _CANCELLED = 1e-2
-"""Below this share of its terms a sum in which one of them is a float32 product loses more than two digits."""
+"""Where an adapter leaves less than this share of a row's square, float32 terms lose more than two digits."""
 
 
 def adapted_linear(
@@ -108,20 +109,21 @@ def adapted_linear(
 ) -> Tensor:
     """`norm_scale * (W x + s B (A x)) + bias` for a batch whose rows may each have another adapter.
 
-    base (..., out) is W x; x (..., in), or A x already, (..., R), where lora_a is None. lora_a (R, in) and lora_b
-    (R, out) hold the factors of all adapters in the batch, one below the other, with s folded into lora_b; chosen
-    (..., R) is 1 where a rank belongs to the row's own adapter and 0 elsewhere, None where all rows have the same;
-    norm_scale (..., out) is 1 for a row without DoRA; bias (out,) or (..., out). All but `W x` is computed in the
-    factors' dtype, and the result rounded once to that of `base`.
+    base (rows, tokens, out) is W x; x (rows, tokens, in), or A x already, (rows, tokens, R), where lora_a is None.
+    Either lora_a (rows, r, in) and lora_b (rows, r, out) hold each row's own factors, with s folded into lora_b; or
+    lora_a (R, in) and lora_b (R, out) hold those of all adapters in the batch, one below the other, and chosen
+    (rows, 1, R) is 1 where a rank belongs to the row's own adapter and 0 elsewhere, None where all rows have the same.
+    norm_scale (rows, 1, out) is 1 for a row without DoRA; bias (out,) or (rows, 1, out). All but `W x` is computed in
+    the factors' dtype, and the result rounded once to that of `base`.
     """
-    low_rank = x.to(lora_b.dtype)
-    if lora_a is not None:
-        low_rank = functional.linear(low_rank, lora_a)
-    if chosen is not None:
-        low_rank = low_rank * chosen
-    wide = base.to(lora_b.dtype)
-    total = torch.addmm(wide.reshape(-1, wide.shape[-1]), low_rank.reshape(-1, low_rank.shape[-1]), lora_b)
-    total = total.view(base.shape)
+    wide, low_rank = base.to(lora_b.dtype), x.to(lora_b.dtype)
+    if lora_b.ndim == 3:
+        low_rank = low_rank if lora_a is None else torch.bmm(low_rank, lora_a.transpose(1, 2))
+        total = torch.baddbmm(wide, low_rank, lora_b)
+    else:
+        low_rank = low_rank if lora_a is None else functional.linear(low_rank, lora_a)
+        low_rank = low_rank if chosen is None else low_rank * chosen
+        total = torch.addmm(wide.flatten(0, -2), low_rank.flatten(0, -2), lora_b).view(base.shape)
     if norm_scale is not None:
         total *= norm_scale
     if bias is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -66,6 +66,11 @@ class SafetensorsFile:
     path: Path
     tensors: Mapping[str, TensorEntry]
     metadata: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Of all tensors, which lie one after the other."""
+        return sum(entry.nbytes for entry in self.tensors.values())
 
 
 def open_safetensors(path: Path) -> SafetensorsFile:
@@ -191,6 +196,27 @@ def read_tensor(entry: TensorEntry) -> Tensor:
     if entry.nbytes == 0:
         return torch.empty(entry.shape, dtype=entry.dtype)
     return torch.frombuffer(read_bytes(entry.path, entry.start, entry.stop), dtype=entry.dtype).view(entry.shape)
+
+
+def read_at_once(file: SafetensorsFile) -> Callable[[TensorEntry], Tensor]:
+    """As `read_tensor`, for a small file all of whose tensors are wanted: it is read in one go, with the first of them.
+
+    Peak memory: the file, for as long as the function or a tensor of it is held.
+    """
+    start = min((entry.start for entry in file.tensors.values()), default=0)
+    whole: list[bytearray] = []
+
+    def read(entry: TensorEntry) -> Tensor:
+        if not whole:
+            whole.append(read_bytes(file.path, start, start + file.nbytes))
+        if entry.nbytes == 0:
+            return torch.empty(entry.shape, dtype=entry.dtype)
+        count, offset = prod(entry.shape), entry.start - start
+        if offset % entry.dtype.itemsize:
+            return torch.frombuffer(whole[0][offset : offset + entry.nbytes], dtype=entry.dtype).view(entry.shape)
+        return torch.frombuffer(whole[0], dtype=entry.dtype, count=count, offset=offset).view(entry.shape)
+
+    return read
 
 
 PAGE_BYTES = 4096

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +16,10 @@ from dora_serve.ops import adapted_linear
 
 @dataclass(frozen=True)
 class Packed:
-    """The factors of a batch on one layer, those of all its adapters one below the other.
+    """The factors of a batch on one layer, as `ops.adapted_linear` takes them; None where one would say nothing.
 
-    lora_A (R, in), lora_B (R, out); chosen (rows, 1, R), norm_scale and bias (rows, 1, out), each None where it would
-    say nothing. rows: of the batch.
+    lora_A (R, in), lora_B (R, out), chosen (rows, 1, R): those of all its adapters, one below the other. Or each row's
+    own, lora_A (rows, r, in), lora_B (rows, r, out). norm_scale and bias (rows, 1, out). rows: of the batch.
     """
 
     lora_A: Tensor
@@ -44,29 +44,48 @@ class Batch:
         self.slots = torch.tensor([-1 if adapter is None else places[adapter] for adapter in rows])
         self._packed: dict[str, Packed | None] = {}
 
-    def of(self, layer: str) -> Packed | None:
-        """None where no row has an adapter on the layer."""
+    def of(self, layer: str, *, embeds: bool = False) -> Packed | None:
+        """None where no row has an adapter on the layer. embeds: whether that looks its input up."""
         if layer not in self._packed:
-            self._packed[layer] = self._pack(layer)
+            self._packed[layer] = self._pack(layer, embeds)
         return self._packed[layer]
 
-    def _pack(self, layer: str) -> Packed | None:
+    def _pack(self, layer: str, embeds: bool) -> Packed | None:
         factors = [adapter.modules.get(layer) for adapter in self.adapters]
         present = [(place, one) for place, one in enumerate(factors) if one is not None]
         if not present:
             return None
         first = present[0][1]
-        device, slots = first.lora_A.device, self.slots.to(first.lora_A.device)
-        owners = torch.cat([torch.full((len(one.lora_A),), place, device=device) for place, one in present])
+        slots = self.slots.to(first.lora_A.device)
+        ranks = [len(one.lora_A) for _, one in present]
+        shared: dict[str, Any] = {
+            "norm_scale": _by_row(factors, slots, first, "norm_scale", 1.0),
+            "bias": _by_row(factors, slots, first, "bias", 0.0),
+            "rows": len(self.rows),
+        }
+        # All ranks for all rows cost about twice as much a number as each row's own, but are fewer numbers to read.
+        if 2 * sum(ranks) > len(self.rows) * max(ranks) and not embeds and len(present) > 1:
+            own = [None if slot < 0 else factors[slot] for slot in self.slots.tolist()]
+            return Packed(_stacked(own, "lora_A", max(ranks)), _stacked(own, "lora_B", max(ranks)), None, **shared)
+        owners = torch.tensor([place for place, one in present for _ in one.lora_A], device=slots.device)
         alike = len(present) == 1 and bool((slots == present[0][0]).all())
         return Packed(
             lora_A=first.lora_A if len(present) == 1 else torch.cat([one.lora_A for _, one in present]),
             lora_B=first.lora_B if len(present) == 1 else torch.cat([one.lora_B for _, one in present]),
             chosen=None if alike else (owners == slots[:, None]).to(first.lora_A.dtype)[:, None],
-            norm_scale=_by_row(factors, slots, first, "norm_scale", 1.0),
-            bias=_by_row(factors, slots, first, "bias", 0.0),
-            rows=len(self.rows),
+            **shared,
         )
+
+
+def _stacked(own: Sequence[Factors | None], field: str, rank: int) -> Tensor:
+    """(rows, rank, width): each row's own factor, with zeros below it where its rank is smaller or it has none."""
+    given = [None if one is None else getattr(one, field) for one in own]
+    like = next(tensor for tensor in given if tensor is not None)
+    stack: Tensor = like.new_zeros((len(given), rank, like.shape[1]))
+    for row, tensor in enumerate(given):
+        if tensor is not None:
+            stack[row, : len(tensor)] = tensor
+    return stack
 
 
 def _by_row(factors: list[Factors | None], slots: Tensor, like: Factors, field: str, neutral: float) -> Tensor | None:
@@ -109,7 +128,7 @@ class AdaptedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         batch = self._now.batch
-        packed = None if batch is None else batch.of(self._name)
+        packed = None if batch is None else batch.of(self._name, embeds=isinstance(self.base, nn.Embedding))
         if packed is None:
             return self.base(x)  # type: ignore[no-any-return]
         tokens_first = x.ndim == (1 if isinstance(self.base, nn.Embedding) else 2)

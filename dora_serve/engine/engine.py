@@ -25,6 +25,7 @@ from dora_serve.engine.cache import RowCache, step_mask
 from dora_serve.engine.factors import Base, PreparedAdapter
 from dora_serve.engine.generation import Generation, complete
 from dora_serve.engine.pool import AdapterPool, Limits
+from dora_serve.engine.probe import Probe
 from dora_serve.engine.requests import Completion, Request
 from dora_serve.errors import CheckpointError, EngineError, UnavailableError
 from dora_serve.hub import locate
@@ -34,7 +35,6 @@ from dora_serve.progress import OnProgress, Progress, ignore_progress
 from dora_serve.quiet import quiet_transformers
 
 _ATTENTION_KINDS = ("full_attention", "sliding_attention")
-_PROBE_TOKENS = 16
 
 
 class Engine:
@@ -69,7 +69,7 @@ class Engine:
         names = ModuleNames(model)
         self._layers: Mapping[str, nn.Module] = _layers(model)
         put_layers(model, self._layers, self._now)
-        self.vocabulary: int = self._layers_rows()
+        self.vocabulary = int(model.get_input_embeddings().weight.shape[0])
         self.end_tokens = _end_tokens(model, tokenizer)
         self.pool = AdapterPool(
             Base(label, names, self._layers, self._squared_norm),
@@ -77,9 +77,8 @@ class Engine:
             max_rank=max_rank,
             device_limits=device_limits,
             host_limits=host_limits,
-            probe=self._largest_change,
+            probe=Probe(self._layers, self._find_reached).largest_change,
         )
-        self._probe_logits: Tensor | None = None
 
     @staticmethod
     def load(
@@ -252,15 +251,19 @@ class Engine:
             self._squared_norms[layer] = squared_row_norms(dense_matrix(self._layers[layer]))
         return self._squared_norms[layer]
 
-    def _largest_change(self, adapter: PreparedAdapter) -> float:
-        """How far an adapter moves the logits of some fixed tokens from the base's."""
-        spread = torch.linspace(0, self.vocabulary - 1, _PROBE_TOKENS, device=self.device).long()[None]
-        if self._probe_logits is None:
-            self._probe_logits = self.forward(None, spread)
-        return float((self.forward(Batch((adapter,)), spread).float() - self._probe_logits.float()).abs().max())
-
-    def _layers_rows(self) -> int:
-        return int(self.model.get_input_embeddings().weight.shape[0])
+    def _find_reached(self) -> frozenset[str]:
+        """The layers that a forward runs: not those of a tower for pictures, say, or of a head that is not used."""
+        reached: set[str] = set()
+        hooks = [
+            self.model.get_submodule(name).register_forward_hook(lambda *_, name=name: reached.add(name))
+            for name in self._layers
+        ]
+        try:
+            self.forward(None, torch.tensor([[0, 1]], device=self.device))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return frozenset(reached)
 
 
 def _layers(model: nn.Module) -> dict[str, nn.Module]:

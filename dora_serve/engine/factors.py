@@ -95,11 +95,9 @@ def prepare(name: str, adapter: Adapter, base: Base, max_rank: int) -> PreparedA
             problems.append(Problem(weights.module, f"the module {found} twice", "one update of each"))
         elif not problems:
             modules[found] = _factors(weights, base.layers[found], base.squared_norms, found)
-    if not problems and any(not torch.isfinite(tensor).all() for one in modules.values() for tensor in one.tensors):
-        wrong = [path for path, one in modules.items() if any(not torch.isfinite(part).all() for part in one.tensors)]
-        problems.append(
-            Problem(wrong[0], "values that are NaN or infinite, or a row of W + s B A that is zero", "finite ones")
-        )
+    for path, one in modules.items():
+        if one.norm_scale is not None and not torch.isfinite(one.norm_scale.sum()):
+            problems.append(Problem(path, "a row of W + s B A that is zero, which no magnitude can scale", "none"))
     if problems:
         said = f" It says it was trained on {adapter.base!r}." if adapter.base else ""
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
@@ -150,8 +148,7 @@ def _factors(weights: LoraWeights, layer: nn.Module, squared_norms: Callable[[st
         scale = norm_scale(weights.magnitude.load().to(norms), norms).to(dtype)
     if weights.lora_bias is not None:
         bias = (weights.lora_bias.load().to(device, torch.float64) * weights.scaling).to(dtype)
-    scaled = (lora_b.double() * weights.scaling).to(dtype).T.contiguous()
-    return Factors(lora_a.to(dtype).contiguous(), scaled, scale, bias)
+    return Factors(lora_a.to(dtype).contiguous(), (lora_b.to(dtype).T * weights.scaling).contiguous(), scale, bias)
 
 
 def _unservable(adapter: Adapter, base: Base) -> list[Problem]:

@@ -41,9 +41,9 @@ class Limits:
 
 @dataclass(frozen=True)
 class LoadReport:
-    """modules: how many layers the adapter touches. changes_output: whether the logits of a probe differ from the
-    base's at all, and largest_change by how much; both None where there was no probe. replaced: whether there was one
-    of that name.
+    """modules: how many layers the adapter touches. changes_output: whether the output of any of them changes on a
+    probe, and largest_change by how much, as a share of the base's output; both None where there was no probe.
+    replaced: whether there was one of that name.
     """
 
     name: str
@@ -94,7 +94,7 @@ class _Entry:
 
 
 class AdapterPool:
-    """probe: the largest change of the base's logits under an adapter, on some fixed tokens; None to leave it out."""
+    """probe: the largest change that an adapter makes to the output of a layer; None to leave it out."""
 
     def __init__(
         self,

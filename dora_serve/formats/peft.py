@@ -20,10 +20,12 @@ from torch import Tensor
 from dora_serve.adapter import Adapter, ExpertLora, Kind, LazyTensor, LoraWeights, Replacement, TokenRows
 from dora_serve.errors import AdapterError, CheckpointError, UnmergeableError
 from dora_serve.formats.peft_config import CONFIG_NAME, PeftConfig, read_config
-from dora_serve.safetensors_file import open_safetensors, read_tensor
+from dora_serve.safetensors_file import open_safetensors, read_at_once, read_tensor
 
 SAFETENSORS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
+_AT_ONCE_BYTES = 1 << 25
+"""An adapter has hundreds of tensors of a few kilobytes, which take longer to read one by one than all at once."""
 
 # The adapter's name stands in raw state dicts (FSDP, DeepSpeed) and is stripped by save_pretrained.
 _NAMED = r"(?:\.[^.]+)?"
@@ -102,8 +104,9 @@ def _open_weights(path: Path, allow_pickle: bool) -> tuple[dict[str, LazyTensor]
             header = open_safetensors(safetensors)
         except CheckpointError as error:
             raise AdapterError(error.message, remedy=error.remedy, path=str(safetensors)) from error
+        read = read_at_once(header) if header.nbytes <= _AT_ONCE_BYTES else read_tensor
         lazy = {
-            name: LazyTensor(entry.shape, entry.dtype, lambda entry=entry: read_tensor(entry))  # type: ignore[misc]
+            name: LazyTensor(entry.shape, entry.dtype, lambda entry=entry: read(entry))  # type: ignore[misc]
             for name, entry in header.tensors.items()
         }
         return lazy, safetensors

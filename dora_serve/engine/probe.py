@@ -1,0 +1,66 @@
+"""Whether an adapter changes anything: each of its layers is given a fixed input, with the adapter and without.
+
+That is a thousandth of the work of a forward, and what the base makes of the inputs is computed once for all adapters.
+A layer that no forward of the model ever reaches does not count, whatever its adapter does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from dora_serve.engine.base_layers import lookup, without_bias
+from dora_serve.engine.factors import PreparedAdapter
+from dora_serve.ops import adapted_linear
+
+_IDS = 16
+
+
+@dataclass
+class Probe:
+    """layers: of the base, by name. find_reached: the names of those that a forward of the model runs."""
+
+    layers: Mapping[str, nn.Module]
+    find_reached: Callable[[], frozenset[str]]
+    _reached: frozenset[str] | None = None
+    _known: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def largest_change(self, adapter: PreparedAdapter) -> float:
+        """The largest change of a layer's output, as a share of its largest element; 0 where none changes at all, once
+        rounded to the layer's own dtype."""
+        if self._reached is None:
+            self._reached = self.find_reached()
+        largest = 0.0
+        for name, factors in adapter.modules.items():
+            if name not in self._reached:
+                continue
+            layer = self.layers[name]
+            given, base = self._of(name)
+            x, lora_a = given, None
+            if isinstance(layer, nn.Embedding):
+                x = lookup(layer, factors.lora_A.T)(given)
+            else:
+                lora_a = factors.lora_A
+            changed = adapted_linear(base, x, lora_a, factors.lora_B, norm_scale=factors.norm_scale, bias=factors.bias)
+            most = float((changed - base).abs().max() / base.abs().max().clamp_min(torch.finfo(base.dtype).tiny))
+            largest = max(largest, most)
+        return largest
+
+    def _of(self, name: str) -> tuple[Tensor, Tensor]:
+        """The input that a layer is given, and the base's output for it."""
+        if name not in self._known:
+            layer = self.layers[name]
+            weight = next(layer.parameters())
+            if isinstance(layer, nn.Embedding):
+                x = torch.linspace(0, layer.num_embeddings - 1, _IDS, device=weight.device).long()[None]
+            else:
+                generator = torch.Generator().manual_seed(0)
+                width = layer.in_features if isinstance(layer, nn.Linear) else weight.shape[0]
+                dtype = weight.dtype if weight.is_floating_point() else torch.float32
+                x = torch.randn((1, 1, int(width)), generator=generator).to(weight.device, dtype)
+            with torch.inference_mode():
+                self._known[name] = (x, without_bias(layer)(x))
+        return self._known[name]
