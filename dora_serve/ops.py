@@ -116,7 +116,9 @@ def adapted_linear(
     norm_scale (rows, 1, out) is 1 for a row without DoRA; bias (out,) or (rows, 1, out). All but `W x` is computed in
     the factors' dtype, and the result rounded once to that of `base`.
     """
-    wide, low_rank = base.to(lora_b.dtype), x.to(lora_b.dtype)
+    dtype = lora_b.dtype
+    wide = base if base.dtype == dtype else base.to(dtype)  # even a call that does nothing is dear in a step
+    low_rank = x if x.dtype == dtype else x.to(dtype)
     if lora_b.ndim == 3:
         low_rank = low_rank if lora_a is None else torch.bmm(low_rank, lora_a.transpose(1, 2))
         total = torch.baddbmm(wide, low_rank, lora_b)
@@ -128,7 +130,7 @@ def adapted_linear(
         total *= norm_scale
     if bias is not None:
         total += bias
-    return total.to(base.dtype)
+    return total if base.dtype == dtype else total.to(base.dtype)
 
 
 def merge_weight(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, magnitude: Tensor | None) -> Tensor:

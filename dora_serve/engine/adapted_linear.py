@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dora_serve.engine.base_layers import lookup, without_bias
 from dora_serve.engine.factors import Factors, PreparedAdapter
+from dora_serve.errors import EngineError
 from dora_serve.ops import adapted_linear
 
 
@@ -19,7 +20,7 @@ class Packed:
     """The factors of a batch on one layer, as `ops.adapted_linear` takes them; None where one would say nothing.
 
     lora_A (R, in), lora_B (R, out), chosen (rows, 1, R): those of all its adapters, one below the other. Or each row's
-    own, lora_A (rows, r, in), lora_B (rows, r, out). norm_scale and bias (rows, 1, out). rows: of the batch.
+    own, lora_A (rows, r, in), lora_B (rows, r, out). norm_scale and bias (rows, 1, out).
     """
 
     lora_A: Tensor
@@ -27,7 +28,6 @@ class Packed:
     chosen: Tensor | None
     norm_scale: Tensor | None
     bias: Tensor | None
-    rows: int
 
 
 class Batch:
@@ -61,7 +61,6 @@ class Batch:
         shared: dict[str, Any] = {
             "norm_scale": _by_row(factors, slots, first, "norm_scale", 1.0),
             "bias": _by_row(factors, slots, first, "bias", 0.0),
-            "rows": len(self.rows),
         }
         # All ranks for all rows cost about twice as much a number as each row's own, but are fewer numbers to read.
         if 2 * sum(ranks) > len(self.rows) * max(ranks) and not embeds and len(present) > 1:
@@ -98,10 +97,14 @@ def _by_row(factors: list[Factors | None], slots: Tensor, like: Factors, field: 
     return table[slots][:, None]
 
 
+@dataclass
 class BatchOfNow:
-    """What the layers of one model look at while a forward runs; None when only the base is wanted."""
+    """What the layers of one model look at while a forward runs. batch: None when only the base is wanted; shape:
+    (rows, tokens) of the forward.
+    """
 
     batch: Batch | None = None
+    shape: tuple[int, int] = (0, 0)
 
 
 class AdaptedLinear(nn.Module):
@@ -114,39 +117,45 @@ class AdaptedLinear(nn.Module):
     def __init__(self, base: nn.Module, name: str, now: BatchOfNow) -> None:
         super().__init__()
         self.base = base
-        self._name, self._now = name, now
+        # A module's own attributes are found faster than its submodules, and this is asked a thousand times a second.
+        self._layer, self._bias = (base,), (getattr(base, "bias", None),)
+        self._name, self._now, self._embeds = name, now, isinstance(base, nn.Embedding)
         self._without_bias = without_bias(base)
 
     @property
     def weight(self) -> Any:
         """The base layer's own, for code that looks at a layer's weight: its dtype, its device, a tie."""
-        return self.base.weight
+        return self._layer[0].weight
 
     @property
     def bias(self) -> Any:
-        return getattr(self.base, "bias", None)
+        return self._bias[0]
 
     def forward(self, x: Tensor) -> Tensor:
-        batch = self._now.batch
-        packed = None if batch is None else batch.of(self._name, embeds=isinstance(self.base, nn.Embedding))
+        now = self._now
+        packed = None if now.batch is None else now.batch.of(self._name, embeds=self._embeds)
         if packed is None:
-            return self.base(x)  # type: ignore[no-any-return]
-        tokens_first = x.ndim == (1 if isinstance(self.base, nn.Embedding) else 2)
-        if tokens_first:
-            x = x.view(packed.rows, -1, *x.shape[1:])
-        result = self._adapted(x, packed)
-        return result.flatten(0, 1) if tokens_first else result
+            return self._layer[0](x)  # type: ignore[no-any-return]
+        leading = x.shape if self._embeds else x.shape[:-1]
+        if len(leading) == 2 and leading[0] == now.shape[0]:  # a head may be given the last tokens alone
+            return self._adapted(x, packed)
+        if leading == (now.shape[0] * now.shape[1],):
+            return self._adapted(x.view(*now.shape, *x.shape[1:]), packed).flatten(0, 1)
+        raise EngineError(
+            f"The layer {self._name} is given {list(leading)} tokens, and the batch has {list(now.shape)}: which row "
+            "each of them belongs to cannot be told.",
+            remedy="Merge the adapter with dora-export and serve the result.",
+        )
 
     def _adapted(self, x: Tensor, packed: Packed) -> Tensor:
         plain = self._without_bias(x)
-        if isinstance(self.base, nn.Embedding):
-            # An embedding looks its A up; the rest is the same, with A x already known.
-            x, lora_a = lookup(self.base, packed.lora_A.T)(x), None
-        else:
-            lora_a = packed.lora_A
-        bias = self.bias
+        lora_a: Tensor | None = packed.lora_A
+        bias = self._bias[0]
         if packed.bias is not None:  # peft has lora_bias on LoRA alone, so it needs no norm_scale
             bias = packed.bias if bias is None else packed.bias + bias
+        if self._embeds:
+            # An embedding looks its A up; the rest is the same, with A x already known.
+            x, lora_a = lookup(self._layer[0], packed.lora_A.T)(x), None
         return adapted_linear(
             plain, x, lora_a, packed.lora_B, chosen=packed.chosen, norm_scale=packed.norm_scale, bias=bias
         )

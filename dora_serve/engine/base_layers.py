@@ -51,7 +51,7 @@ def without_bias(module: Any) -> Callable[[Tensor], Tensor]:
     return lambda x: bare(x)
 
 
-def lookup(module: nn.Embedding, table: Tensor) -> Callable[[Tensor], Tensor]:
+def lookup(module: nn.Module, table: Tensor) -> Callable[[Tensor], Tensor]:
     """The embedding's own look-up in another table (num, r): a subclass may scale what it finds."""
     other = copy.copy(module)
     other._parameters = {"weight": nn.Parameter(table, requires_grad=False)}

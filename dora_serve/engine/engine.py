@@ -11,6 +11,7 @@ Prompts are filled in one by one, then all rows decode together. Forwards of sev
 from __future__ import annotations
 
 import inspect
+import re
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -203,6 +204,7 @@ class Engine:
                 inputs["logits_to_keep"] = 1
         with self._lock, torch.inference_mode():
             self._now.batch = batch if batch is not None and batch.adapters else None
+            self._now.shape = (tokens.shape[0], tokens.shape[1])
             try:
                 logits: Tensor = self.model(**inputs).logits
             finally:
@@ -267,8 +269,12 @@ class Engine:
 
 
 def _layers(model: nn.Module) -> dict[str, nn.Module]:
-    """All layers that adapters can be put on, by name."""
-    return {name: module for name, module in model.named_modules() if name and is_supported(module)}
+    """All layers that adapters can be put on, by name. Not an expert's own: it is given some tokens of every row."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if name and is_supported(module) and not re.search(r"\.experts\.\d+\.", name)
+    }
 
 
 def _require_batchable(model: Any, config: Any) -> None:
