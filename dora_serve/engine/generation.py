@@ -107,6 +107,7 @@ class Generation:
             while self._waiting or self._rows:
                 yield from self._drop_cancelled()
                 yield from self._admit()
+                yield from self._drop_cancelled()
                 if self._rows:
                     yield from self._step()
         finally:

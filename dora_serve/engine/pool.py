@@ -59,7 +59,7 @@ class LoadReport:
 
 @dataclass(frozen=True)
 class AdapterInfo:
-    """One line of `list`. in_use: requests that run with it now, those with an earlier one of its name included."""
+    """One line of `list`. in_use: requests that hold it now; those that hold one it replaced do not count."""
 
     name: str
     path: Path
