@@ -36,7 +36,7 @@ NEVER = (
     ("app", "exporters", "the app stands on the engine"),
 )
 
-ONLY_WHERE_USED = {"accelerate", "gguf", "gradio", "huggingface_hub", "httpx2", "onnx", "onnxruntime"}
+ONLY_WHERE_USED = {"accelerate", "bitsandbytes", "gguf", "gradio", "huggingface_hub", "httpx2", "onnx", "onnxruntime"}
 ONLY_WHERE_USED |= {"onnx_ir", "onnxscript", "peft", "transformers", "vllm"}
 
 
@@ -169,13 +169,17 @@ def _python(source: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", source], cwd=ROOT, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("command", ["", "merge", "verify", "inspect", "demo-base"])
-def test_help_loads_nothing_heavy(command: str) -> None:
+COMMANDS = [("exporters.cli", command) for command in ("", "merge", "verify", "inspect", "demo-base")]
+COMMANDS += [("dora_serve.cli", command) for command in ("", "generate")]
+
+
+@pytest.mark.parametrize(("module", "command"), COMMANDS)
+def test_help_loads_nothing_heavy(module: str, command: str) -> None:
     arguments = [*command.split(), "--help"]
     run = _python(f"""
 import json, sys
-from exporters.cli import main
-sys.argv = ["dora-export", *{arguments!r}]
+from {module} import main
+sys.argv = ["program", *{arguments!r}]
 try:
     status = main()
 except SystemExit as stop:

@@ -35,11 +35,11 @@ def run(command: list[str], folder: Path) -> str:
 
 def test_the_commands_and_the_python_run_as_printed(desk: Path) -> None:
     commands = [line[2:] for block in blocks("console") for line in block.splitlines() if line.startswith("$ ")]
-    assert {shlex.split(command)[1] for command in commands} == {"demo-base", "inspect", "merge", "verify"}
+    assert {shlex.split(command)[1] for command in commands} == {"demo-base", "inspect", "merge", "verify", "generate"}
+    modules = {"dora-export": "exporters.cli", "dora-serve": "dora_serve.cli"}
     for command in commands:
         program, *arguments = shlex.split(command)
-        assert program == "dora-export"
-        assert run([sys.executable, "-m", "exporters.cli", *arguments], desk).strip()
+        assert run([sys.executable, "-m", modules[program], *arguments], desk).strip()
     (python,) = blocks("python")
     assert run([sys.executable, "-c", python], desk).startswith("True 0 of ")
 
