@@ -80,7 +80,8 @@ def factored_row_norms(weight: Tensor, squares: Tensor, lora_a: Tensor, lora_b: 
     near_a, near_b = lora_a.to(wide), lora_b.to(wide) * scaling
     gram = near_a @ near_a.T
     step = max(1, _BLOCK_ELEMENTS // max(1, weight.shape[1]))
-    blocks = [functional.linear(near_a, block.to(wide)).T for block in weight.split(step)]
+    columns = near_a.T
+    blocks = [block.to(wide) @ columns for block in weight.split(step)]
     product = blocks[0] if len(blocks) == 1 else torch.cat(blocks)
     change = torch.addmm(product, near_b, gram, beta=2).mul_(near_b).sum(dim=1, dtype=torch.float64)
     total = squares + change

@@ -7,9 +7,11 @@ read with a bounded footprint, so only the header format is shared with it (the 
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import prod
 from pathlib import Path
 
@@ -198,25 +200,37 @@ def read_tensor(entry: TensorEntry) -> Tensor:
     return torch.frombuffer(read_bytes(entry.path, entry.start, entry.stop), dtype=entry.dtype).view(entry.shape)
 
 
-def read_at_once(file: SafetensorsFile) -> Callable[[TensorEntry], Tensor]:
-    """As `read_tensor`, for a small file all of whose tensors are wanted: it is read in one go, with the first of them.
+class WholeFile:
+    """A small file all of whose tensors are wanted: it is read in one go, when the first of them is.
 
-    Peak memory: the file, for as long as the function or a tensor of it is held.
+    Peak memory: the file, for as long as this or a tensor of it is held.
     """
-    start = min((entry.start for entry in file.tensors.values()), default=0)
-    whole: list[bytearray] = []
 
-    def read(entry: TensorEntry) -> Tensor:
-        if not whole:
-            whole.append(read_bytes(file.path, start, start + file.nbytes))
+    def __init__(self, file: SafetensorsFile) -> None:
+        self._file = file
+        self._start = min((entry.start for entry in file.tensors.values()), default=0)
+
+    @cached_property
+    def _bytes(self) -> bytearray:
+        return read_bytes(self._file.path, self._start, self._start + self._file.nbytes)
+
+    def read(self, entry: TensorEntry) -> Tensor:
+        """As `read_tensor`."""
         if entry.nbytes == 0:
             return torch.empty(entry.shape, dtype=entry.dtype)
-        count, offset = prod(entry.shape), entry.start - start
+        offset = entry.start - self._start
         if offset % entry.dtype.itemsize:
-            return torch.frombuffer(whole[0][offset : offset + entry.nbytes], dtype=entry.dtype).view(entry.shape)
-        return torch.frombuffer(whole[0], dtype=entry.dtype, count=count, offset=offset).view(entry.shape)
+            return torch.frombuffer(self._bytes[offset : offset + entry.nbytes], dtype=entry.dtype).view(entry.shape)
+        count = prod(entry.shape)
+        return torch.frombuffer(self._bytes, dtype=entry.dtype, count=count, offset=offset).view(entry.shape)
 
-    return read
+    def is_finite(self) -> bool:
+        """Whether a glance shows that no value is NaN or infinite: all are of one dtype, and their sum is finite."""
+        dtypes = {entry.dtype for entry in self._file.tensors.values() if entry.nbytes}
+        if len(dtypes) != 1 or not (dtype := dtypes.pop()).is_floating_point or dtype.itemsize == 1:
+            return False
+        wide = torch.promote_types(dtype, torch.float32)
+        return math.isfinite(torch.frombuffer(self._bytes, dtype=dtype).sum(dtype=wide).item())
 
 
 PAGE_BYTES = 4096

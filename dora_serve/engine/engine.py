@@ -78,7 +78,7 @@ class Engine:
             max_rank=max_rank,
             device_limits=device_limits,
             host_limits=host_limits,
-            probe=Probe(self._layers, self._find_reached).largest_change,
+            probe=Probe(self._layers, self._find_reached).changes,
         )
 
     @staticmethod

@@ -80,8 +80,12 @@ class Base:
     squared_norms: Callable[[str], Tensor]
 
 
-def prepare(name: str, adapter: Adapter, base: Base, max_rank: int) -> PreparedAdapter:
+def prepare(
+    name: str, adapter: Adapter, base: Base, max_rank: int, norm_scales: Mapping[str, Tensor] | None = None
+) -> PreparedAdapter:
     """Factors for every module of the adapter, on the devices of their layers.
+
+    norm_scales: by run-time name, of modules whose scales are known from before.
 
     Raises PlanError with everything that does not fit the base, is beyond `max_rank`, or cannot be served unmerged.
     """
@@ -94,7 +98,7 @@ def prepare(name: str, adapter: Adapter, base: Base, max_rank: int) -> PreparedA
         elif found in modules:
             problems.append(Problem(weights.module, f"the module {found} twice", "one update of each"))
         elif not problems:
-            modules[found] = _factors(weights, base.layers[found], base.squared_norms, found)
+            modules[found] = _factors(weights, found, base, (norm_scales or {}).get(found))
     for path, one in modules.items():
         if one.norm_scale is not None and not torch.isfinite(one.norm_scale.sum()):
             problems.append(Problem(path, "a row of W + s B A that is zero, which no magnitude can scale", "none"))
@@ -138,13 +142,16 @@ def _out_in(layer: nn.Module) -> tuple[int, int]:
     return int(shape[1]), int(shape[0])  # type: ignore[index]
 
 
-def _factors(weights: LoraWeights, layer: nn.Module, squared_norms: Callable[[str], Tensor], name: str) -> Factors:
+def _factors(weights: LoraWeights, name: str, base: Base, known: Tensor | None) -> Factors:
+    layer = base.layers[name]
     device = next(layer.parameters()).device
     dtype = torch.promote_types(compute_dtype(layer), torch.float32)
     lora_a, lora_b = weights.lora_A.load().to(device), weights.lora_B.load().to(device)
     scale = bias = None
-    if weights.magnitude is not None:
-        norms = factored_row_norms(dense_matrix(layer), squared_norms(name), lora_a, lora_b, weights.scaling)
+    if known is not None:
+        scale = known.to(device)
+    elif weights.magnitude is not None:
+        norms = factored_row_norms(dense_matrix(layer), base.squared_norms(name), lora_a, lora_b, weights.scaling)
         scale = norm_scale(weights.magnitude.load().to(norms), norms).to(dtype)
     if weights.lora_bias is not None:
         bias = (weights.lora_bias.load().to(device, torch.float64) * weights.scaling).to(dtype)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from dora_serve.adapter import Adapter
 from dora_serve.engine.factors import Base, PreparedAdapter, prepare
@@ -42,8 +43,7 @@ class Limits:
 @dataclass(frozen=True)
 class LoadReport:
     """modules: how many layers the adapter touches. changes_output: whether the output of any of them changes on a
-    probe, and largest_change by how much, as a share of the base's output; both None where there was no probe.
-    replaced: whether there was one of that name.
+    probe, None where there was none. replaced: whether there was an adapter of that name.
     """
 
     name: str
@@ -53,7 +53,6 @@ class LoadReport:
     nbytes: int
     seconds: float
     changes_output: bool | None
-    largest_change: float | None
     replaced: bool
 
 
@@ -77,7 +76,9 @@ class AdapterInfo:
 
 @dataclass(eq=False)
 class _Entry:
-    """One load of an adapter. files: what they were when it was read, to notice that they are others now."""
+    """One load of an adapter. files: what they were when it was read, to notice that they are others now. norm_scales:
+    of one that went to the disk, since they are small and cost more than all that is read there.
+    """
 
     name: str
     path: Path
@@ -86,6 +87,7 @@ class _Entry:
     files: Mapping[Path, tuple[int, int]]
     prepared: PreparedAdapter | None
     report: LoadReport
+    norm_scales: Mapping[str, Tensor] = field(default_factory=dict)
     tier: Tier = "device"
     pinned: bool = False
     users: int = 0
@@ -94,7 +96,7 @@ class _Entry:
 
 
 class AdapterPool:
-    """probe: the largest change that an adapter makes to the output of a layer; None to leave it out."""
+    """probe: whether an adapter changes anything; None to leave it out."""
 
     def __init__(
         self,
@@ -104,7 +106,7 @@ class AdapterPool:
         max_rank: int = 256,
         device_limits: Limits | None = None,
         host_limits: Limits | None = None,
-        probe: Callable[[PreparedAdapter], float] | None = None,
+        probe: Callable[[PreparedAdapter], bool] | None = None,
     ) -> None:
         self._base, self._device, self._probe, self.max_rank = base, device, probe, max_rank
         self._limits: dict[Tier, Limits] = {"device": device_limits or Limits(), "host": host_limits or Limits()}
@@ -132,7 +134,7 @@ class AdapterPool:
         folder = locate(path, what="adapter").path if isinstance(path, str) else path
         adapter = read_adapter(folder, options)
         prepared = prepare(name, adapter, self._base, self.max_rank)
-        change = None if self._probe is None else self._probe(prepared)
+        changes = None if self._probe is None else self._probe(prepared)
         with self._lock:
             self._require_name(name, replace)
             old = self._entries.get(name)
@@ -143,8 +145,7 @@ class AdapterPool:
                 rank=prepared.rank,
                 nbytes=prepared.nbytes,
                 seconds=time.perf_counter() - began,
-                changes_output=None if change is None else change > 0,
-                largest_change=change,
+                changes_output=changes,
                 replaced=old is not None,
             )
             entry = _Entry(name, folder, options, adapter.format, _stamps(adapter), prepared, report, pinned=pin)
@@ -247,7 +248,7 @@ class AdapterPool:
                 remedy="Load it again with replace=True.",
                 adapter=entry.name,
             )
-        return prepare(entry.name, adapter, self._base, self.max_rank)
+        return prepare(entry.name, adapter, self._base, self.max_rank, entry.norm_scales)
 
     def _entry(self, name: str) -> _Entry:
         with self._lock:
@@ -300,6 +301,12 @@ class AdapterPool:
         for other in list(hosted):
             if self._limits["host"].hold([one.report.nbytes for one in hosted]):
                 break
+            assert other.prepared is not None
+            other.norm_scales = {
+                name: factors.norm_scale
+                for name, factors in other.prepared.modules.items()
+                if factors.norm_scale is not None
+            }
             other.prepared, other.tier = None, "disk"
             hosted.remove(other)
 

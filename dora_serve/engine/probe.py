@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dora_serve.engine.base_layers import lookup, without_bias
-from dora_serve.engine.factors import PreparedAdapter
+from dora_serve.engine.factors import Factors, PreparedAdapter
 from dora_serve.ops import adapted_linear
 
 _IDS = 16
@@ -28,26 +28,20 @@ class Probe:
     _reached: frozenset[str] | None = None
     _known: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
-    def largest_change(self, adapter: PreparedAdapter) -> float:
-        """The largest change of a layer's output, as a share of its largest element; 0 where none changes at all, once
-        rounded to the layer's own dtype."""
+    def changes(self, adapter: PreparedAdapter) -> bool:
+        """Whether any layer's output differs at all, once rounded to the layer's own dtype."""
         if self._reached is None:
             self._reached = self.find_reached()
-        largest = 0.0
-        for name, factors in adapter.modules.items():
-            if name not in self._reached:
-                continue
-            layer = self.layers[name]
-            given, base = self._of(name)
-            x, lora_a = given, None
-            if isinstance(layer, nn.Embedding):
-                x = lookup(layer, factors.lora_A.T)(given)
-            else:
-                lora_a = factors.lora_A
-            changed = adapted_linear(base, x, lora_a, factors.lora_B, norm_scale=factors.norm_scale, bias=factors.bias)
-            most = float((changed - base).abs().max() / base.abs().max().clamp_min(torch.finfo(base.dtype).tiny))
-            largest = max(largest, most)
-        return largest
+        return any(self._layer_changes(name, adapter.modules[name]) for name in self._reached & adapter.modules.keys())
+
+    def _layer_changes(self, name: str, factors: Factors) -> bool:
+        layer = self.layers[name]
+        x, base = self._of(name)
+        lora_a: Tensor | None = factors.lora_A
+        if isinstance(layer, nn.Embedding):
+            x, lora_a = lookup(layer, factors.lora_A.T)(x), None
+        adapted = adapted_linear(base, x, lora_a, factors.lora_B, norm_scale=factors.norm_scale, bias=factors.bias)
+        return not torch.equal(adapted, base)
 
     def _of(self, name: str) -> tuple[Tensor, Tensor]:
         """The input that a layer is given, and the base's output for it."""

@@ -20,7 +20,7 @@ from torch import Tensor
 from dora_serve.adapter import Adapter, ExpertLora, Kind, LazyTensor, LoraWeights, Replacement, TokenRows
 from dora_serve.errors import AdapterError, CheckpointError, UnmergeableError
 from dora_serve.formats.peft_config import CONFIG_NAME, PeftConfig, read_config
-from dora_serve.safetensors_file import open_safetensors, read_at_once, read_tensor
+from dora_serve.safetensors_file import WholeFile, open_safetensors, read_tensor
 
 SAFETENSORS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
@@ -69,11 +69,12 @@ def read(path: Path, allow_pickle: bool, ignore_config: frozenset[str]) -> Adapt
             path=str(path),
         )
     config = read_config(path, ignore_config)
-    tensors, weights_file = _open_weights(path, allow_pickle)
-    if not tensors:
-        raise AdapterError(f"{str(weights_file)!r} holds no tensors.", remedy="Save the adapter again.")
-    grouped = _group(tensors, config)
-    _require_finite(tensors, grouped.unused)
+    weights = _open_weights(path, allow_pickle)
+    if not weights.tensors:
+        raise AdapterError(f"{str(weights.file)!r} holds no tensors.", remedy="Save the adapter again.")
+    grouped = _group(weights.tensors, config)
+    if not weights.are_finite:
+        _require_finite(weights.tensors, grouped.unused)
     modules = tuple(_modules(grouped, config))
     notes = list(grouped.notes)
     if grouped.unused:
@@ -91,25 +92,35 @@ def read(path: Path, allow_pickle: bool, ignore_config: frozenset[str]) -> Adapt
         base=str(base) if base else None,
         base_revision=str(revision) if revision else None,
         task_type=str(task_type) if task_type else None,
-        files=(path / CONFIG_NAME, weights_file),
+        files=(path / CONFIG_NAME, weights.file),
         config=config.raw,
         notes=tuple(notes),
     )
 
 
-def _open_weights(path: Path, allow_pickle: bool) -> tuple[dict[str, LazyTensor], Path]:
+@dataclass(frozen=True)
+class _Weights:
+    """file: where the tensors are. are_finite: whether it is known by now that all of them are."""
+
+    file: Path
+    tensors: Mapping[str, LazyTensor]
+    are_finite: bool = False
+
+
+def _open_weights(path: Path, allow_pickle: bool) -> _Weights:
     safetensors, pickle = path / SAFETENSORS_NAME, path / PICKLE_NAME
     if safetensors.is_file():
         try:
             header = open_safetensors(safetensors)
         except CheckpointError as error:
             raise AdapterError(error.message, remedy=error.remedy, path=str(safetensors)) from error
-        read = read_at_once(header) if header.nbytes <= _AT_ONCE_BYTES else read_tensor
+        whole = WholeFile(header) if header.nbytes <= _AT_ONCE_BYTES else None
+        read = read_tensor if whole is None else whole.read
         lazy = {
             name: LazyTensor(entry.shape, entry.dtype, lambda entry=entry: read(entry))  # type: ignore[misc]
             for name, entry in header.tensors.items()
         }
-        return lazy, safetensors
+        return _Weights(safetensors, lazy, whole is not None and whole.is_finite())
     if not pickle.is_file():
         found = sorted(entry.name for entry in path.iterdir())
         raise AdapterError(
@@ -137,7 +148,7 @@ def _open_weights(path: Path, allow_pickle: bool) -> tuple[dict[str, LazyTensor]
             remedy="Save the adapter's state_dict, or better, save it as safetensors.",
             path=str(pickle),
         )
-    return {str(name): LazyTensor.of(value.detach().contiguous()) for name, value in state.items()}, pickle
+    return _Weights(pickle, {str(name): LazyTensor.of(value.detach().contiguous()) for name, value in state.items()})
 
 
 @dataclass
