@@ -80,15 +80,14 @@ def factored_row_norms(weight: Tensor, squares: Tensor, lora_a: Tensor, lora_b: 
     near_a, near_b = lora_a.to(wide), lora_b.to(wide) * scaling
     gram = near_a @ near_a.T
     step = max(1, _BLOCK_ELEMENTS // max(1, weight.shape[1]))
-    columns = near_a.T
-    blocks = [block.to(wide) @ columns for block in weight.split(step)]
+    columns = near_a.T.contiguous()
+    blocks = [block.to(wide) @ columns for block in (weight.split(step) if len(weight) > step else (weight,))]
     product = blocks[0] if len(blocks) == 1 else torch.cat(blocks)
-    change = torch.addmm(product, near_b, gram, beta=2).mul_(near_b).sum(dim=1, dtype=torch.float64)
-    total = squares + change
-    cancelled = (total < _CANCELLED * squares).nonzero().flatten()
-    if len(cancelled):
+    total = torch.addmm(product, near_b, gram, beta=2).mul_(near_b).sum(dim=1).add(squares)
+    cancelled = total < _CANCELLED * squares
+    if cancelled.any():
         exact_a, exact_b = lora_a.double(), lora_b.double() * scaling
-        for rows in cancelled.split(step):
+        for rows in cancelled.nonzero().flatten().split(step):
             total[rows] = (weight[rows].double() + exact_b[rows] @ exact_a).square_().sum(dim=1)
     return total.sqrt_()
 

@@ -80,6 +80,7 @@ class Base:
     squared_norms: Callable[[str], Tensor]
 
 
+@torch.inference_mode()
 def prepare(
     name: str, adapter: Adapter, base: Base, max_rank: int, norm_scales: Mapping[str, Tensor] | None = None
 ) -> PreparedAdapter:
