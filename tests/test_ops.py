@@ -12,7 +12,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dora_serve.ops import RoundingBuffers, add_delta, delta_weight, merge_weight, norm_scale, round_once, row_norms
+from dora_serve.ops import (
+    RoundingBuffers,
+    adapted_linear,
+    add_delta,
+    delta_weight,
+    factored_row_norms,
+    merge_weight,
+    norm_scale,
+    round_once,
+    row_norms,
+    squared_row_norms,
+)
 
 NARROW = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 NUMPY = {torch.float16: np.float16, torch.float32: np.float32}
@@ -181,3 +192,164 @@ def test_a_row_without_direction() -> None:
     magnitude = torch.tensor([0.0, 2.0, -3.0, 0.0], dtype=torch.float64)
     norms = torch.tensor([0.0, 0.0, 1.5, 4.0], dtype=torch.float64)
     assert norm_scale(magnitude, norms).tolist() == [0.0, math.inf, -2.0, 0.0]
+
+
+# What the engine computes
+
+
+def wide_factors(out: int, width: int, rank: int, dtype: torch.dtype, seed: int = 2) -> tuple[Tensor, Tensor, Tensor]:
+    """Weight (out, width), A (rank, width) and B (out, rank) in `dtype`, B A of about the size of the weight."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ((out, width), (rank, width), (out, rank))
+    weight, lora_a, lora_b = (torch.randn(shape, generator=generator) for shape in shapes)
+    return weight.to(dtype), lora_a.to(dtype), (lora_b / rank**0.5).to(dtype)
+
+
+def direct_norms(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
+    return torch.linalg.vector_norm(weight.double() + scaling * lora_b.double() @ lora_a.double(), dim=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scaling", [1.0, 4 / 3, 0.05, 16.0])
+def test_factored_norms_are_those_of_the_sum(dtype: torch.dtype, scaling: float) -> None:
+    """The sum of squares has terms that are products in float32, of as many roundings as a row has columns: they may be
+    off by that times the spacing of float32 times their size. Nearly always it is the root of that number.
+    """
+    weight, lora_a, lora_b = wide_factors(64, 96, 5, dtype)
+    before = weight.clone()
+    norms = factored_row_norms(weight, squared_row_norms(weight), lora_a, lora_b, scaling)
+    assert torch.equal(weight, before), "the base's weights are not written to"
+    wanted = direct_norms(weight, lora_a, lora_b, scaling)
+    assert norms.dtype == torch.float64
+    spacing = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+    sizes = row_norms(weight.double()) + scaling * lora_b.double().abs() @ row_norms(lora_a.double())
+    assert bool(((norms.square() - wanted.square()).abs() <= 96**0.5 * spacing * sizes.square()).all())
+    assert not torch.allclose(wanted, row_norms(weight.double()), rtol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_factored_norms_of_rows_that_cancel(dtype: torch.dtype) -> None:
+    """s B A is all but -W in some rows: what is left is a thousandth, and squares of it a millionth of the terms."""
+    weight, lora_a, lora_b = wide_factors(12, 40, 12, torch.float32)
+    weight, lora_a = (lora_b @ lora_a * -0.5).to(dtype), lora_a.to(dtype)
+    weight[::2] += 1e-3 * torch.randn(6, 40, generator=torch.Generator().manual_seed(4)).to(dtype)
+    lora_b = lora_b.to(dtype)
+    lora_b[3] = 0
+    wanted = direct_norms(weight, lora_a, lora_b, 0.5)
+    share = wanted / row_norms(weight.double())
+    assert float(share[torch.arange(12) != 3].max()) < 2e-2
+    norms = factored_row_norms(weight, squared_row_norms(weight), lora_a, lora_b, 0.5)
+    torch.testing.assert_close(norms, wanted, rtol=1e-9, atol=0)
+
+
+def test_factored_norms_where_the_adapters_own_terms_cancel() -> None:
+    """Two rows of A all but alike, with opposite signs in B, as one adapter taken from another has them: B A is of the
+    size of the weight, and its parts a thousand times that. The norm is wanted to half of float32's digits at least.
+    """
+    weight, lora_a, _ = wide_factors(6, 40, 1, torch.float32)
+    generator = torch.Generator().manual_seed(4)
+    lora_a = torch.cat([lora_a, lora_a + 1e-3 * torch.randn(1, 40, generator=generator)])
+    lora_b = torch.tensor([[1000.0, -1000.0]]).repeat(6, 1)
+    wanted = direct_norms(weight, lora_a, lora_b, 1.0)
+    assert 0.5 < float((wanted / row_norms(weight.double())).mean()) < 3
+    norms = factored_row_norms(weight, squared_row_norms(weight), lora_a, lora_b, 1.0)
+    torch.testing.assert_close(norms, wanted, rtol=2**-12, atol=0)
+
+
+def test_factored_norms_of_rows_of_zeros() -> None:
+    """In the weight, in B, in both; and of a sum that is zero to the last bit."""
+    weight, lora_a, lora_b = wide_factors(5, 8, 2, torch.float32)
+    lora_a, lora_b = (lora_a * 4).round() / 4, (lora_b * 4).round() / 4  # so that products are exact
+    weight[0] = 0
+    lora_b[1] = 0
+    weight[2] = lora_b[2] = 0
+    weight[3] = -(lora_b[3] @ lora_a)
+    norms = factored_row_norms(weight, squared_row_norms(weight), lora_a, lora_b, 1.0)
+    torch.testing.assert_close(norms, direct_norms(weight, lora_a, lora_b, 1.0), rtol=1e-6, atol=0)
+    assert norms[2:4].tolist() == [0.0, 0.0]
+    assert norms[0] > 0
+
+
+def test_factored_norms_do_not_depend_on_the_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A large weight is taken some rows at a time."""
+    weight, lora_a, lora_b = wide_factors(50, 24, 3, torch.float32)
+    weight[7] = -(lora_b[7] @ lora_a)
+    squares = squared_row_norms(weight)
+    torch.testing.assert_close(squares, weight.double().square().sum(dim=1), rtol=1e-15, atol=0)
+    whole = factored_row_norms(weight, squares, lora_a, lora_b, 1.0)
+    monkeypatch.setattr("dora_serve.ops._BLOCK_ELEMENTS", 24 * 7)
+    assert torch.equal(squared_row_norms(weight), squares)
+    torch.testing.assert_close(factored_row_norms(weight, squares, lora_a, lora_b, 1.0), whole, rtol=1e-6, atol=0)
+
+
+RANKS = (3, 1, 4)
+"""Of the three adapters of a batch."""
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("looked_up", "own"), [(False, False), (True, False), (False, True)])
+def test_adapted_linear_is_the_formula_row_by_row(dtype: torch.dtype, looked_up: bool, own: bool) -> None:
+    """Rows with one of three adapters, of which two are DoRA and one has a bias, or with none; as factors of all
+    adapters of which each row chooses, or as each row's own with zeros below. Products of the factors round in their
+    dtype, float32 at least; a bfloat16 result is rounded once more.
+    """
+    generator = torch.Generator().manual_seed(6)
+    factor_dtype = torch.promote_types(dtype, torch.float32)
+    rows, tokens, width, out = 6, 4, 10, 7
+    slots = [1, -1, 0, 2, 1, 0]
+
+    def draw(*shape: int, kind: torch.dtype = factor_dtype) -> Tensor:
+        return torch.randn(shape, generator=generator).to(kind)
+
+    x, weight = draw(rows, tokens, width, kind=dtype), draw(out, width, kind=dtype)
+    base = x @ weight.T
+    a, b = [draw(rank, width) for rank in RANKS], [draw(rank, out) for rank in RANKS]
+    scales, biases = [draw(out).abs(), None, draw(out).abs()], [None, draw(out), None]
+
+    def vector(table: list[Tensor | None], slot: int, neutral: float) -> Tensor:
+        found = None if slot < 0 else table[slot]
+        return torch.full((out,), neutral, dtype=factor_dtype) if found is None else found
+
+    scale = torch.stack([vector(scales, slot, 1.0) for slot in slots])[:, None]
+    bias = torch.stack([vector(biases, slot, 0.0) for slot in slots])[:, None]
+    if own:
+        lora_a, lora_b = torch.zeros(rows, 4, width, dtype=factor_dtype), torch.zeros(rows, 4, out, dtype=factor_dtype)
+        for row, slot in enumerate(slots):
+            if slot >= 0:
+                lora_a[row, : RANKS[slot]], lora_b[row, : RANKS[slot]] = a[slot], b[slot]
+        chosen = None
+    else:
+        lora_a, lora_b = torch.cat(a), torch.cat(b)
+        owners = [place for place, rank in enumerate(RANKS) for _ in range(rank)]
+        chosen = torch.tensor([[owner == slot for owner in owners] for slot in slots]).to(factor_dtype)[:, None]
+    given = x.to(factor_dtype) @ lora_a.T if looked_up else x
+    result = adapted_linear(
+        base, given, None if looked_up else lora_a, lora_b, chosen=chosen, norm_scale=scale, bias=bias
+    )
+    assert result.dtype == dtype
+    assert result.shape == (rows, tokens, out)
+    spacing = torch.finfo(factor_dtype).eps
+    for row, slot in enumerate(slots):
+        low_rank = torch.zeros(tokens, out).double()
+        size = torch.zeros(tokens, out).double()
+        if slot >= 0:
+            low_rank = (x[row].double() @ a[slot].double().T) @ b[slot].double()
+            size = (x[row].double().abs() @ a[slot].double().abs().T) @ b[slot].double().abs()
+        wanted = scale[row].double() * (base[row].double() + low_rank) + bias[row].double()
+        allowed = (width + 6) * spacing * (scale[row].double() * (base[row].double().abs() + size) + bias[row].abs())
+        allowed = allowed + torch.finfo(dtype).eps / 2 * wanted.abs() * (dtype != factor_dtype)
+        assert bool(((result[row].double() - wanted).abs() <= allowed).all()), (row, slot)
+        if slot < 0:
+            assert torch.equal(result[row], base[row]), "a row without an adapter is the base's, bit for bit"
+        else:
+            assert not torch.allclose(result[row], base[row], rtol=1e-2)
+
+
+def test_adapted_linear_of_one_adapter_needs_no_choice() -> None:
+    generator = torch.Generator().manual_seed(6)
+    x, base = (torch.randn(shape, generator=generator) for shape in ((2, 3, 10), (2, 3, 7)))
+    lora_a, lora_b = torch.randn(3, 10, generator=generator), torch.randn(3, 7, generator=generator)
+    before = base.clone()
+    result = adapted_linear(base, x, lora_a, lora_b)
+    torch.testing.assert_close(result, before + x @ lora_a.T @ lora_b)
+    assert torch.equal(base, before), "what it was given is not written to"
