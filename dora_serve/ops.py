@@ -64,7 +64,7 @@ def squared_row_norms(weight: Tensor) -> Tensor:
     squares = torch.empty(weight.shape[0], dtype=torch.float64, device=weight.device)
     step = max(1, _BLOCK_ELEMENTS // max(1, weight.shape[1]))
     for start in range(0, weight.shape[0], step):
-        squares[start : start + step] = weight[start : start + step].double().square_().sum(dim=1)
+        squares[start : start + step] = weight[start : start + step].double().square().sum(dim=1)
     return squares
 
 
@@ -84,7 +84,8 @@ def factored_row_norms(weight: Tensor, squares: Tensor, lora_a: Tensor, lora_b: 
     blocks = [block.to(wide) @ columns for block in (weight.split(step) if len(weight) > step else (weight,))]
     product = blocks[0] if len(blocks) == 1 else torch.cat(blocks)
     total = torch.addmm(product, near_b, gram, beta=2).mul_(near_b).sum(dim=1).add(squares)
-    cancelled = total < _CANCELLED * squares
+    reach = near_b.abs() @ gram.diagonal().sqrt()  # no row of s B A is longer
+    cancelled = total < _CANCELLED * (squares + reach.square())
     if cancelled.any():
         exact_a, exact_b = lora_a.double(), lora_b.double() * scaling
         for rows in cancelled.nonzero().flatten().split(step):
@@ -94,7 +95,7 @@ def factored_row_norms(weight: Tensor, squares: Tensor, lora_a: Tensor, lora_b: 
 
 _BLOCK_ELEMENTS = 1 << 22
 _CANCELLED = 1e-2
-"""Where an adapter leaves less than this share of a row's square, float32 terms lose more than two digits."""
+"""Where less than this share is left of what the terms of a row's square may be, float32 loses more than two digits."""
 
 
 def adapted_linear(

@@ -42,7 +42,7 @@ def greedy(model: Any, prompt: Sequence[int], count: int) -> Greedy:
     settings = getattr(model, "generation_config", None)
     assert settings is not None
     settings.eos_token_id, settings.pad_token_id = None, 0
-    ids = torch.tensor([list(prompt)])
+    ids = torch.tensor([list(prompt)], device=next(model.parameters()).device)
     with torch.no_grad():
         made = model.generate(
             input_ids=ids,
@@ -55,7 +55,7 @@ def greedy(model: Any, prompt: Sequence[int], count: int) -> Greedy:
     tokens = made.sequences[0, len(prompt) :]
     scores = torch.cat(made.logits).double().log_softmax(dim=-1)
     assert len(tokens) == count
-    return Greedy(tuple(tokens.tolist()), scores.gather(1, tokens[:, None])[:, 0])
+    return Greedy(tuple(tokens.tolist()), scores.gather(1, tokens[:, None])[:, 0].cpu())
 
 
 def forced(model: Any, prompt: Sequence[int], tokens: Sequence[int]) -> Tensor:

@@ -40,3 +40,26 @@ def test_the_verification_runs_on_the_gpu(smollm2: Path, adapter: Path, tmp_path
     assert export.verification.forward is not None
     assert export.verification.passed
     assert export.verification.forward.device.startswith("cuda")
+
+
+def test_the_engine_on_the_gpu_writes_what_peft_writes(smollm2: Path) -> None:
+    """All example adapters and the base in one batch, greedily in float32, against PEFT's own models on the device."""
+    from dora_serve.engine import Engine, Request
+    from tests.engine_oracle import greedy, peft_model
+
+    folder = ROOT / "examples" / "adapters"
+    engine = Engine.load(smollm2, dtype=torch.float32, device="cuda")
+    names = ("dates-lora", "dates-dora", "style-lora", "style-dora")
+    for name in names:
+        assert engine.pool.load(name, folder / name).changes_output
+    prompts = [tuple(range(100, 110 + 7 * number)) for number in range(4)]
+    requests = [
+        Request(prompt, adapter=name, max_tokens=64, ignore_eos=True) for prompt in prompts for name in (None, *names)
+    ]
+    answers = engine.complete(requests)
+    for name in (None, *names):
+        model = peft_model(smollm2, None if name is None else folder / name, engine.model).cuda()
+        for request, answer in zip(requests, answers, strict=True):
+            if request.adapter == name:
+                assert isinstance(request.prompt, tuple)
+                assert answer.token_ids == greedy(model, request.prompt, 64).tokens

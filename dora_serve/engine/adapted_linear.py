@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dora_serve.engine.base_layers import lookup, without_bias
+from dora_serve.engine.base_layers import keep_unpacked, lookup, without_bias
 from dora_serve.engine.factors import Factors, PreparedAdapter
 from dora_serve.errors import EngineError
 from dora_serve.ops import adapted_linear
@@ -116,6 +116,7 @@ class AdaptedLinear(nn.Module):
 
     def __init__(self, base: nn.Module, name: str, now: BatchOfNow) -> None:
         super().__init__()
+        keep_unpacked(base)
         self.base = base
         # A module's own attributes are found faster than its submodules, and this is asked a thousand times a second.
         self._layer, self._bias = (base,), (getattr(base, "bias", None),)

@@ -38,6 +38,19 @@ def compute_dtype(module: Any) -> torch.dtype:
     return getattr(module, "compute_dtype", None) or torch.float32
 
 
+def keep_unpacked(module: Any) -> None:
+    """Keep bitsandbytes from packing 4-bit weights anew for AVX512-BF16 in a forward on a CPU: `dequantize_4bit` does
+    not know them then, and gives something else without a word."""
+    if not hasattr(module, "support_avx512bf16_for_cpu"):
+        return
+    module.support_avx512bf16_for_cpu = False
+    weight = module.weight
+    if getattr(weight.quant_state, "packing_format_for_cpu", False):
+        from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+
+        weight.data, weight.quant_state = _convert_weight_packed_for_cpu_inverse(weight.data, weight.quant_state)
+
+
 def without_bias(module: Any) -> Callable[[Tensor], Tensor]:
     """The layer's own function, less its bias."""
     if isinstance(module, nn.Embedding):

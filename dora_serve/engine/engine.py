@@ -28,6 +28,7 @@ from dora_serve.engine.generation import Generation, complete
 from dora_serve.engine.pool import AdapterPool, Limits
 from dora_serve.engine.probe import Probe
 from dora_serve.engine.requests import Completion, Request
+from dora_serve.engine.sampling import is_whole, require
 from dora_serve.errors import CheckpointError, EngineError, UnavailableError
 from dora_serve.hub import locate
 from dora_serve.module_names import ModuleNames
@@ -127,8 +128,9 @@ class Engine:
         """
         if isinstance(requests, Request):
             requests = [requests]
-        generation = Generation(self, requests, min(max_rows or self.max_rows, max(1, len(requests))))
-        return generation
+        rows = self.max_rows if max_rows is None else max_rows
+        require("max_rows", rows, is_whole(rows) and rows > 0, "a whole number, 1 or more")
+        return Generation(self, requests, min(rows, max(1, len(requests))))
 
     def complete(self, requests: Sequence[Request], *, max_rows: int | None = None) -> tuple[Completion, ...]:
         """Answer all requests and return when the last has ended."""
@@ -136,18 +138,20 @@ class Engine:
 
     # What a generation needs
 
-    def tokenize(self, request: Request) -> list[int]:
-        """The token ids of a request's prompt. Raises EngineError where it has none, or no sound ones."""
-        if (request.prompt is None) == (request.messages is None):
-            raise EngineError("A request has a prompt or messages, and not both.", remedy="Give one of them.")
+    def tokenize(self, request: Request, *, special: bool = True) -> list[int]:
+        """The token ids of a request's prompt, with the tokenizer's special tokens or without.
+
+        Raises EngineError where it has none, or no sound ones.
+        """
+        request.require_sound()
         if request.messages is not None:
             tokens = self._chat_tokens(request.messages)
         elif isinstance(request.prompt, str):
             if not request.prompt:
                 raise EngineError("The prompt is empty.", remedy="Give at least one character.")
-            tokens = list(self._tokenizer_or_raise()(request.prompt)["input_ids"])
+            tokens = list(self._tokenizer_or_raise()(request.prompt, add_special_tokens=special)["input_ids"])
         else:
-            tokens = [int(token) for token in request.prompt or ()]
+            tokens = list(request.prompt or ())
         if not tokens:
             raise EngineError("The prompt has no tokens.", remedy="Give at least one.")
         wrong = [token for token in tokens if not 0 <= token < self.vocabulary]
@@ -159,9 +163,7 @@ class Engine:
         return tokens
 
     def room_for(self, request: Request, prompt_tokens: int) -> int:
-        """How many tokens may follow. Raises EngineError where there is none, or max_tokens is below 1."""
-        if request.max_tokens is not None and request.max_tokens < 1:
-            raise EngineError(f"max_tokens is {request.max_tokens}, wanted 1 or more.", remedy="Correct the request.")
+        """How many tokens may follow. Raises EngineError where there is none."""
         context = self.context
         left = None if context is None else context - prompt_tokens
         if left is not None and left < 1:

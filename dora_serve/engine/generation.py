@@ -76,6 +76,7 @@ class Generation:
         self.requests = tuple(requests)
         self._engine = engine
         self._waiting: deque[tuple[int, Request]] = deque(enumerate(self.requests))
+        self._prompts: dict[int, list[int]] = {}
         self._rows: list[_Row] = []
         self._max_rows = max_rows
         self._cache = RowCache(max_rows)
@@ -99,8 +100,21 @@ class Generation:
             self._cancelled.add(index)
 
     def close(self) -> None:
-        """End all that runs and let go of their adapters. Events that have not been asked for are lost."""
-        self._events.close()
+        """End all that runs and let go of their adapters. Events that have not been asked for are lost.
+
+        Called while another thread waits for an event, it cancels everything, and that thread gets the last events.
+        """
+        try:
+            self._events.close()
+        except ValueError:  # "generator already executing"
+            with self._lock:
+                self._cancelled.update(range(len(self.requests)))
+
+    def __enter__(self) -> Generation:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def _run(self) -> Generator[Event]:
         try:
@@ -135,7 +149,7 @@ class Generation:
                 row = self._new_row(index, request)
                 logits = self._fill(row)
             except DoraServeError as error:
-                if error.facts.get("full") and (self._rows or self._engine.pool.is_in_use()):
+                if error.facts.get("full"):
                     kept.append((index, request))
                     continue
                 yield Event(index, finish_reason="error", error=error, timings=self._no_time(time.perf_counter()))
@@ -147,9 +161,11 @@ class Generation:
 
     def _new_row(self, index: int, request: Request) -> _Row:
         began = time.perf_counter()
-        request.sampling.require_sound()
-        tokens = self._engine.tokenize(request)
+        if index not in self._prompts:
+            self._prompts[index] = self._engine.tokenize(request)
+        tokens = list(self._prompts[index])
         room = self._engine.room_for(request, len(tokens))
+        generator, text = new_generator(request.sampling), TextStream(self._engine.tokenizer, tuple(request.stop))
         adapter, release = None, _nothing
         if request.adapter is not None:
             adapter, release = self._engine.pool.acquire(request.adapter)
@@ -161,8 +177,8 @@ class Generation:
             tokens=tokens,
             prompt_tokens=len(tokens),
             room=room,
-            generator=new_generator(request.sampling),
-            text=TextStream(self._engine.tokenizer, request.stop),
+            generator=generator,
+            text=text,
             queued=self._queued,
             began=began,
         )
@@ -179,6 +195,7 @@ class Generation:
             row.release()
             raise
         self._rows.append(row)
+        self._prompts.pop(row.index)
         self._batch = None
         row.first_token = time.perf_counter()
         return logits[0]
@@ -205,22 +222,24 @@ class Generation:
             choice = choose(self._engine.logits_alone(row.adapter, row.tokens), sampling, row.tokens, noise)
         token = choice.token
         row.tokens.append(token)
-        logprobs = logits.log_softmax(dim=-1)
+        total = logits.double().logsumexp(dim=-1)  # in float32 a sum over a vocabulary is off by 1e-5
         ended = token in self._engine.end_tokens and not row.request.ignore_eos
         text = "" if ended else row.text.push(token)
-        yield Event(row.index, text, token, float(logprobs[token]), self._alternatives(row.request, logprobs))
+        yield Event(
+            row.index, text, token, float(logits[token] - total), self._alternatives(row.request, logits, total)
+        )
         if ended or row.text.stopped:
             yield self._end(row, "stop")
         elif row.made >= row.room:
             yield self._end(row, "length")
 
-    def _alternatives(self, request: Request, logprobs: Tensor) -> tuple[Alternative, ...]:
+    def _alternatives(self, request: Request, logits: Tensor, total: Tensor) -> tuple[Alternative, ...]:
         if not request.top_logprobs:
             return ()
-        values, ids = logprobs.topk(min(request.top_logprobs, len(logprobs)))
+        values, ids = logits.topk(min(request.top_logprobs, len(logits)))
         return tuple(
             Alternative(token, self._engine.token_text(token), value)
-            for token, value in zip(ids.tolist(), values.tolist(), strict=True)
+            for token, value in zip(ids.tolist(), (values - total).tolist(), strict=True)
         )
 
     def _end(self, row: _Row, reason: FinishReason) -> Event:

@@ -6,6 +6,7 @@ does not touch requests that run: they hold the one that they began with. Safe t
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import OrderedDict
@@ -58,7 +59,7 @@ class LoadReport:
 
 @dataclass(frozen=True)
 class AdapterInfo:
-    """One line of `list`. in_use: requests that hold it now; those that hold one it replaced do not count."""
+    """One line of `list`. in_use: requests that hold an adapter of this name, be it one that was replaced."""
 
     name: str
     path: Path
@@ -91,7 +92,6 @@ class _Entry:
     tier: Tier = "device"
     pinned: bool = False
     users: int = 0
-    gone: bool = False
     loading: threading.Lock = field(default_factory=threading.Lock)
 
 
@@ -111,6 +111,7 @@ class AdapterPool:
         self._base, self._device, self._probe, self.max_rank = base, device, probe, max_rank
         self._limits: dict[Tier, Limits] = {"device": device_limits or Limits(), "host": host_limits or Limits()}
         self._entries: OrderedDict[str, _Entry] = OrderedDict()  # the least recently used first
+        self._replaced: list[_Entry] = []  # by others of their names, while requests still hold them
         self._lock = threading.RLock()
 
     def load(
@@ -132,8 +133,10 @@ class AdapterPool:
         self._require_name(name, replace)
         began = time.perf_counter()
         folder = locate(path, what="adapter").path if isinstance(path, str) else path
+        before = _stamps(folder)
         adapter = read_adapter(folder, options)
         prepared = prepare(name, adapter, self._base, self.max_rank)
+        files = _unchanged(adapter, before)
         changes = None if self._probe is None else self._probe(prepared)
         with self._lock:
             self._require_name(name, replace)
@@ -148,11 +151,12 @@ class AdapterPool:
                 changes_output=changes,
                 replaced=old is not None,
             )
-            entry = _Entry(name, folder, options, adapter.format, _stamps(adapter), prepared, report, pinned=pin)
+            entry = _Entry(name, folder, options, adapter.format, files, prepared, report, pinned=pin)
             self._make_room(entry, without=old)
             if old is not None:
                 entry.pinned |= old.pinned
-                old.gone = True
+                if old.users:
+                    self._replaced.append(old)
             self._entries[name] = entry
             self._entries.move_to_end(name)
         return report
@@ -160,16 +164,16 @@ class AdapterPool:
     def unload(self, name: str) -> None:
         """Forget an adapter. Raises EngineError where there is none of that name or requests are using it."""
         with self._lock:
-            entry = self._entry(name)
-            if entry.users:
-                count = "1 request is" if entry.users == 1 else f"{entry.users} requests are"
+            self._entry(name)
+            users = self._users(name)
+            if users:
+                count = "1 request is" if users == 1 else f"{users} requests are"
                 raise EngineError(
                     f"The adapter {name!r} is not unloaded: {count} using it.",
                     remedy="Wait until they end, or cancel them. An adapter can be replaced while it is in use.",
                     adapter=name,
-                    in_use=entry.users,
+                    in_use=users,
                 )
-            entry.gone = True
             del self._entries[name]
 
     def pin(self, name: str, pinned: bool = True) -> None:
@@ -184,12 +188,11 @@ class AdapterPool:
     def list(self) -> tuple[AdapterInfo, ...]:
         """All adapters, by name."""
         with self._lock:
-            return tuple(_info(self._entries[name]) for name in sorted(self._entries))
+            return tuple(_info(self._entries[name], self._users(name)) for name in sorted(self._entries))
 
-    def is_in_use(self) -> bool:
-        """Whether any request holds an adapter now, so that waiting for room has a point."""
-        with self._lock:
-            return any(entry.users for entry in self._entries.values())
+    def _users(self, name: str) -> int:
+        """Requests that hold an adapter of this name, be it one that was replaced."""
+        return sum(entry.users for entry in (*self._entries.values(), *self._replaced) if entry.name == name)
 
     def __contains__(self, name: object) -> bool:
         return name in self._entries
@@ -223,6 +226,8 @@ class AdapterPool:
     def _release(self, entry: _Entry) -> None:
         with self._lock:
             entry.users -= 1
+            if not entry.users and entry in self._replaced:
+                self._replaced.remove(entry)
 
     def _on_device(self, entry: _Entry) -> PreparedAdapter:
         with entry.loading:
@@ -237,18 +242,22 @@ class AdapterPool:
             with self._lock:
                 self._make_room(entry)
                 entry.prepared, entry.tier = prepared, "device"
+                self._trim_host()
         return prepared
 
     def _read_again(self, entry: _Entry) -> PreparedAdapter:
-        adapter = read_adapter(entry.path, entry.options)
-        if _stamps(adapter) != entry.files:
+        before = _stamps(entry.path)
+        if any(before.get(path) != stamp for path, stamp in entry.files.items()):
             raise EngineError(
                 f"The adapter {entry.name!r} was moved out of memory, and since it was loaded its files in "
                 f"{str(entry.path)!r} have changed.",
                 remedy="Load it again with replace=True.",
                 adapter=entry.name,
             )
-        return prepare(entry.name, adapter, self._base, self.max_rank, entry.norm_scales)
+        adapter = read_adapter(entry.path, entry.options)
+        prepared = prepare(entry.name, adapter, self._base, self.max_rank, entry.norm_scales)
+        _unchanged(adapter, before)
+        return prepared
 
     def _entry(self, name: str) -> _Entry:
         with self._lock:
@@ -276,31 +285,36 @@ class AdapterPool:
     def _make_room(self, entry: _Entry, without: _Entry | None = None) -> None:
         """Move the least recently used from the device to the host, and on to the disk, until `entry` fits.
 
-        Raises EngineError where all that is in its way is in use or pinned; then nothing was moved.
+        without: one that is going. Raises EngineError where all that is in its way is in use or pinned; then nothing
+        was moved. `facts["full"]` says whether it is in use, so that there will be room one day.
         """
         here = [other for other in self._entries.values() if other.tier == "device" and other not in (entry, without)]
-        leaving: list[_Entry] = []
-        limits, size = self._limits["device"], entry.report.nbytes
-        for other in [*(one for one in here if not (one.users or one.pinned)), None]:
-            if limits.hold([one.report.nbytes for one in here if one not in leaving] + [size]):
-                break
-            if other is None:
-                held = ", ".join(sorted(one.name for one in here if one.users or one.pinned)) or "none"
+        staying = [other for other in (*here, *self._replaced) if other.users or other.pinned]
+        if without is not None and without.users:
+            staying.append(without)
+        leaving = [other for other in here if other not in staying]
+        limits, size, moved = self._limits["device"], entry.report.nbytes, 0
+        while not limits.hold([one.report.nbytes for one in (*staying, *leaving[moved:])] + [size]):
+            if moved == len(leaving):
+                held = ", ".join(sorted({one.name for one in staying})) or "none"
                 raise EngineError(
                     f"There is no room on the device for the adapter {entry.name!r} ({size:,} bytes, limits: "
                     f"{limits.count} adapters, {limits.nbytes} bytes); in use or pinned: {held}.",
                     remedy="Wait until requests end, unpin one, or give the engine a larger limit.",
                     adapter=entry.name,
-                    full=bool(held != "none"),
+                    full=any(one.users for one in staying),
                 )
-            leaving.append(other)
-        for other in leaving:
+            moved += 1
+        for other in leaving[:moved]:
             assert other.prepared is not None
             other.prepared, other.tier = other.prepared.to(torch.device("cpu")), "host"
-        hosted = [other for other in self._entries.values() if other.tier == "host" and other not in (entry, without)]
-        for other in list(hosted):
-            if self._limits["host"].hold([one.report.nbytes for one in hosted]):
-                break
+        self._trim_host()
+
+    def _trim_host(self) -> None:
+        """Let go of the least recently used in host memory, down to its limit; what is used is on its way up."""
+        hosted = [other for other in self._entries.values() if other.tier == "host" and not other.users]
+        while hosted and not self._limits["host"].hold([one.report.nbytes for one in hosted]):
+            other = hosted.pop(0)
             assert other.prepared is not None
             other.norm_scales = {
                 name: factors.norm_scale
@@ -308,20 +322,35 @@ class AdapterPool:
                 if factors.norm_scale is not None
             }
             other.prepared, other.tier = None, "disk"
-            hosted.remove(other)
 
 
-def _stamps(adapter: Adapter) -> dict[Path, tuple[int, int]]:
-    try:
-        found = {path: path.stat() for path in adapter.files}
-    except OSError as error:
+_Stamps = Mapping[Path, tuple[int, int]]
+"""Of files: size, and when they were written, in nanoseconds."""
+
+
+def _stamps(path: Path) -> _Stamps:
+    """Of a file, or of all files in a folder; none of what is not there, which the reader will say."""
+    found = {}
+    with contextlib.suppress(OSError):
+        for file in path.iterdir() if path.is_dir() else [path]:
+            stat = file.stat()
+            found[file] = (stat.st_size, stat.st_mtime_ns)
+    return found
+
+
+def _unchanged(adapter: Adapter, before: _Stamps) -> _Stamps:
+    """The stamps of an adapter's files. Raises AdapterError where they are not what they were before it was read."""
+    now = _stamps(adapter.path)
+    if any(path not in before or before[path] != now.get(path) for path in adapter.files):
         raise AdapterError(
-            f"The adapter {str(adapter.path)!r} changed while it was read: {error}.", remedy="Load it again."
-        ) from error
-    return {path: (stat.st_size, stat.st_mtime_ns) for path, stat in found.items()}
+            f"The adapter {str(adapter.path)!r} changed while it was read.",
+            remedy="Load it again when it is written.",
+            path=str(adapter.path),
+        )
+    return {path: before[path] for path in adapter.files}
 
 
-def _info(entry: _Entry) -> AdapterInfo:
+def _info(entry: _Entry, users: int) -> AdapterInfo:
     report = entry.report
     return AdapterInfo(
         name=entry.name,
@@ -333,7 +362,7 @@ def _info(entry: _Entry) -> AdapterInfo:
         nbytes=report.nbytes,
         tier=entry.tier,
         pinned=entry.pinned,
-        in_use=entry.users,
+        in_use=users,
         load_seconds=report.seconds,
         changes_output=report.changes_output,
     )

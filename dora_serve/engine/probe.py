@@ -17,6 +17,8 @@ from dora_serve.engine.factors import Factors, PreparedAdapter
 from dora_serve.ops import adapted_linear
 
 _IDS = 16
+_ROUNDING = 8 * torch.finfo(torch.float32).eps
+"""Of a DoRA that was never trained the norm scale is 1 but for a spacing or two."""
 
 
 @dataclass
@@ -29,7 +31,7 @@ class Probe:
     _known: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def changes(self, adapter: PreparedAdapter) -> bool:
-        """Whether any layer's output differs at all, once rounded to the layer's own dtype."""
+        """Whether any layer's output differs by more than the rounding of a norm, which is that of float32."""
         if self._reached is None:
             self._reached = self.find_reached()
         return any(self._layer_changes(name, adapter.modules[name]) for name in self._reached & adapter.modules.keys())
@@ -37,11 +39,17 @@ class Probe:
     def _layer_changes(self, name: str, factors: Factors) -> bool:
         layer = self.layers[name]
         x, base = self._of(name)
-        lora_a: Tensor | None = factors.lora_A
-        if isinstance(layer, nn.Embedding):
-            x, lora_a = lookup(layer, factors.lora_A.T)(x), None
-        adapted = adapted_linear(base, x, lora_a, factors.lora_B, norm_scale=factors.norm_scale, bias=factors.bias)
-        return not torch.equal(adapted, base)
+        base, lora_a = base.to(factors.lora_B.dtype), factors.lora_A
+        found = lookup(layer, lora_a.T)(x) if isinstance(layer, nn.Embedding) else None
+        adapted = adapted_linear(
+            base,
+            x if found is None else found,
+            lora_a if found is None else None,
+            factors.lora_B,
+            norm_scale=factors.norm_scale,
+            bias=factors.bias,
+        )
+        return bool(((adapted - base).abs() > _ROUNDING * base.abs()).any())
 
     def _of(self, name: str) -> tuple[Tensor, Tensor]:
         """The input that a layer is given, and the base's output for it."""

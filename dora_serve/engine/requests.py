@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from dora_serve.engine.sampling import Sampling
-from dora_serve.errors import DoraServeError
+from dora_serve.engine.sampling import Sampling, is_whole, require
+from dora_serve.errors import DoraServeError, EngineError
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
@@ -29,6 +29,23 @@ class Request:
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
     top_logprobs: int = 0
+
+    def require_sound(self) -> None:
+        """Raise EngineError for a field that means nothing, but for the prompt, which only a tokenizer can judge."""
+        if (self.prompt is None) == (self.messages is None):
+            raise EngineError("A request has a prompt or messages, and not both.", remedy="Give one of them.")
+        plain = isinstance(self.prompt, str) or self.prompt is None
+        ids = isinstance(self.prompt, Sequence) and all(is_whole(token) for token in self.prompt)
+        require("prompt", self.prompt, plain or ids, "a text or token ids")
+        require("adapter", self.adapter, self.adapter is None or isinstance(self.adapter, str), "a name, or none")
+        counted = self.max_tokens is None or (is_whole(self.max_tokens) and self.max_tokens > 0)
+        require("max_tokens", self.max_tokens, counted, "a whole number, 1 or more, or none")
+        texts = isinstance(self.stop, (tuple, list)) and all(isinstance(text, str) for text in self.stop)
+        require("stop", self.stop, texts, "a tuple of texts")
+        sound = is_whole(self.top_logprobs) and self.top_logprobs >= 0
+        require("top_logprobs", self.top_logprobs, sound, "a whole number, 0 or more")
+        require("sampling", self.sampling, isinstance(self.sampling, Sampling), "a Sampling")
+        self.sampling.require_sound()
 
 
 @dataclass(frozen=True)

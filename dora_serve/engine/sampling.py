@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -27,16 +28,28 @@ class Sampling:
 
     def require_sound(self) -> None:
         """Raise EngineError for a value that means nothing."""
-        finite = all(math.isfinite(value) for value in (self.temperature, self.top_p, self.repetition_penalty))
-        for name, value, sound, wanted in (
-            ("temperature", self.temperature, finite and self.temperature >= 0, "0 or more"),
-            ("top_p", self.top_p, finite and 0 < self.top_p <= 1, "more than 0 and at most 1"),
-            ("top_k", self.top_k, self.top_k >= 0, "0 or more"),
-            ("repetition_penalty", self.repetition_penalty, finite and self.repetition_penalty > 0, "more than 0"),
-            ("seed", self.seed, self.seed is None or 0 <= self.seed < 1 << 63, "0 or more, below 2**63"),
-        ):
-            if not sound:
-                raise EngineError(f"{name} is {value}, wanted {wanted}.", remedy="Correct the request.", name=name)
+        require("temperature", self.temperature, is_number(self.temperature) and self.temperature >= 0, "0 or more")
+        require("top_p", self.top_p, is_number(self.top_p) and 0 < self.top_p <= 1, "more than 0 and at most 1")
+        require("top_k", self.top_k, is_whole(self.top_k) and self.top_k >= 0, "a whole number, 0 or more")
+        penalty = self.repetition_penalty
+        require("repetition_penalty", penalty, is_number(penalty) and penalty > 0, "more than 0")
+        sound = self.seed is None or (is_whole(self.seed) and 0 <= self.seed < 1 << 63)
+        require("seed", self.seed, sound, "a whole number, 0 or more and below 2**63, or none")
+
+
+def require(name: str, value: object, sound: bool, wanted: str) -> None:
+    """Raise EngineError unless a field of a request is sound."""
+    if not sound:
+        raise EngineError(f"{name} is {value!r}, wanted {wanted}.", remedy="Correct the request.", name=name)
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether it is a finite number; a truth value is none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def is_whole(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def new_generator(sampling: Sampling) -> torch.Generator:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from dora_serve.engine.adapted_linear import Batch
@@ -42,7 +43,7 @@ def score(
     if not adapters:
         raise EngineError("No adapter is named to score with.", remedy="Name one; None is the base.")
     before = engine.tokenize(Request(prompt)) if prompt else []
-    after = engine.tokenize(Request(text))
+    after = engine.tokenize(Request(text), special=not before)  # a text that goes on has no beginning of its own
     tokens = before + after
     engine.room_for(Request(tokens, max_tokens=None), len(tokens) - 1)
     if len(tokens) < 2:
@@ -54,8 +55,6 @@ def score(
             prepared, release = (None, None) if name is None else engine.pool.acquire(name)
             rows.append(prepared)
             releases.append(release)
-        import torch
-
         batch = torch.tensor([tokens] * len(rows), device=engine.device)
         logits = engine.forward(Batch(tuple(rows)), batch)
     finally:
@@ -69,7 +68,8 @@ def score(
     for name, row in zip(adapters, logits, strict=True):
         logprobs = row[start - 1 : -1].float().log_softmax(dim=-1)
         first = logprobs if first is None else first
-        kl = (first.exp() * (first - logprobs)).sum(dim=-1).clamp_(min=0)
+        share = first.exp()
+        kl = torch.where(share > 0, share * (first - logprobs), 0.0).sum(dim=-1).clamp_(min=0)
         own = logprobs.gather(1, followed[:, None])[:, 0]
         scores.append(Score(name, tuple(tokens[start:]), tuple(own.tolist()), tuple(kl.tolist())))
     return tuple(scores)
