@@ -143,13 +143,18 @@ class Generation:
     def _admit(self) -> Iterator[Event]:
         """Give free rows to waiting requests, in their order; one whose adapter has no room yet lets others pass."""
         kept: list[tuple[int, Request]] = []
+        without_room: set[str | None] = set()
         while self._waiting and len(self._rows) < self._max_rows:
             index, request = self._waiting.popleft()
+            if request.adapter in without_room:
+                kept.append((index, request))
+                continue
             try:
                 row = self._new_row(index, request)
                 logits = self._fill(row)
             except DoraServeError as error:
                 if error.facts.get("full"):
+                    without_room.add(request.adapter)
                     kept.append((index, request))
                     continue
                 yield Event(index, finish_reason="error", error=error, timings=self._no_time(time.perf_counter()))
