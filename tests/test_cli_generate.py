@@ -57,13 +57,16 @@ def test_a_person_sees_whose_column_it_is(smollm2: Path, capsys: pytest.CaptureF
 
 
 def test_what_cannot_be_answered_is_said_in_its_column(smollm2: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["generate", str(smollm2), "--prompt", "", "--json"]) == 1
+    prompt = "one two three " * 4000
+    assert main(["generate", str(smollm2), "--prompt", prompt, "--json"]) == 1
     (column,) = _columns(capsys)
     assert column["finish_reason"] == "error"
     assert column["error"]["type"] == "EngineError"
-    assert "empty" in column["error"]["message"]
-    assert main(["generate", str(smollm2), "--prompt", "x", "--temperature", "-1"]) == 1
-    assert "temperature is -1.0, wanted 0 or more" in capsys.readouterr().out
+    assert "the context has room for 8192" in column["error"]["message"]
+    assert main(["generate", str(smollm2), "--prompt", "\udcff"]) == 1
+    printed = capsys.readouterr()
+    assert "error: The tokenizer does not take this text" in printed.out
+    assert printed.err == ""
 
 
 def test_an_adapter_that_is_not_there_stops_the_command(smollm2: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -88,3 +91,16 @@ def test_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
         capsys, "base", "--adapter", "a=x", "--adapter", "a=y", "--prompt", "x"
     )
     assert "--prompt" in _usage(capsys, "base")
+    assert "--prompt is empty" in _usage(capsys, "base", "--prompt", "")
+    assert "temperature is -1.0, wanted 0 or more" in _usage(capsys, "base", "--prompt", "x", "--temperature", "-1")
+    assert "max_tokens is 0" in _usage(capsys, "base", "--prompt", "x", "--max-tokens", "0")
+
+
+def test_errors_are_lines_of_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", str(tmp_path), "--prompt", "x", "--json"]) == 1
+    (line,) = capsys.readouterr().out.splitlines()
+    assert json.loads(line)["error"]["type"] == "CheckpointError"
+    with pytest.raises(SystemExit):
+        main(["generate", str(tmp_path), "--prompt", "", "--json"])
+    (line,) = capsys.readouterr().out.splitlines()
+    assert json.loads(line)["error"]["type"] == "UsageError"

@@ -209,9 +209,9 @@ def test_what_is_pinned_stays(world: World) -> None:
     assert tiers(engine) == {"a": "device", "b": "device", "c": "disk", "d": "disk"}
     assert [info.name for info in engine.pool.list() if info.pinned] == ["a", "b"]
     before = engine.pool.list()
-    with pytest.raises(EngineError, match="in use or pinned: a, b"):
+    with pytest.raises(EngineError, match="in use or pinned are a, b"):
         engine.pool.load("e", world.root / "small")
-    with pytest.raises(EngineError, match="in use or pinned: a, b"):
+    with pytest.raises(EngineError, match="in use or pinned are a, b"):
         engine.pool.pin("c")
     (refused,) = ask(engine, "c")
     assert refused.finish_reason == "error"
@@ -233,7 +233,7 @@ def test_what_is_in_use_stays(world: World) -> None:
     assert [answer.token_ids for answer in answers] == [world.signatures[name] for name in names]
     assert all(answer.error is None for answer in answers)
     with engine.pool.lease("a"):
-        with pytest.raises(EngineError, match="in use or pinned: a") as caught:
+        with pytest.raises(EngineError, match="in use or pinned are a") as caught:
             engine.pool.load("d", world.root / "d")
         assert caught.value.facts["full"]
         assert tiers(engine)["a"] == "device"

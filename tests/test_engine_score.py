@@ -93,7 +93,7 @@ def test_a_text_that_fills_the_context(engine: Engine) -> None:
 @pytest.mark.parametrize(
     ("text", "adapters", "prompt", "said"),
     [
-        ((5, 6), (), (), "No adapter"),
+        ((5, 6), (), (), "No list of adapters"),
         ((5, 6), ("lora", "nobody"), (), "no adapter 'nobody'"),
         ((5,), ("lora",), (), "nothing to score"),
         ("", ("lora",), "x", "empty"),

@@ -30,6 +30,9 @@ class Packed:
     bias: Tensor | None
 
 
+_ROUND_RANK = 16
+
+
 class Batch:
     """Which adapter each row of a forward has. Factors are packed layer by layer, once, when a forward first asks.
 
@@ -37,8 +40,8 @@ class Batch:
     of each row's adapter in `adapters`, -1 for the base.
     """
 
-    def __init__(self, rows: tuple[PreparedAdapter | None, ...]) -> None:
-        self.rows = rows
+    def __init__(self, rows: tuple[PreparedAdapter | None, ...], *, by_row: bool = False) -> None:
+        self.rows, self._by_row = rows, by_row
         self.adapters = tuple(dict.fromkeys(adapter for adapter in rows if adapter is not None))
         places = {adapter: place for place, adapter in enumerate(self.adapters)}
         self.slots = torch.tensor([-1 if adapter is None else places[adapter] for adapter in rows])
@@ -63,9 +66,12 @@ class Batch:
             "bias": _by_row(factors, slots, first, "bias", 0.0),
         }
         # All ranks for all rows cost about twice as much a number as each row's own, but are fewer numbers to read.
-        if 2 * sum(ranks) > len(self.rows) * max(ranks) and not embeds and len(present) > 1:
+        mixed = 2 * sum(ranks) > len(self.rows) * max(ranks) and len(present) > 1
+        if (mixed or self._by_row) and not embeds:
             own = [None if slot < 0 else factors[slot] for slot in self.slots.tolist()]
-            return Packed(_stacked(own, "lora_A", max(ranks)), _stacked(own, "lora_B", max(ranks)), None, **shared)
+            # Zeros up to a round rank: kernels that sum in steps then take the same ones whatever the other ranks are.
+            rank = -(-max(ranks) // _ROUND_RANK) * _ROUND_RANK if self._by_row else max(ranks)
+            return Packed(_stacked(own, "lora_A", rank), _stacked(own, "lora_B", rank), None, **shared)
         owners = torch.tensor([place for place, one in present for _ in one.lora_A], device=slots.device)
         alike = len(present) == 1 and bool((slots == present[0][0]).all())
         return Packed(

@@ -20,23 +20,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dora_serve.engine.adapted_linear import Batch, BatchOfNow, put_layers
+from dora_serve.engine.adapted_linear import AdaptedLinear, Batch, BatchOfNow, put_layers
 from dora_serve.engine.base_layers import dense_matrix, is_supported
 from dora_serve.engine.cache import RowCache, step_mask
 from dora_serve.engine.factors import Base, PreparedAdapter
 from dora_serve.engine.generation import Generation, complete
+from dora_serve.engine.loading import load_base
 from dora_serve.engine.pool import AdapterPool, Limits
 from dora_serve.engine.probe import Probe
 from dora_serve.engine.requests import Completion, Request
 from dora_serve.engine.sampling import is_whole, require
-from dora_serve.errors import CheckpointError, EngineError, UnavailableError
-from dora_serve.hub import locate
+from dora_serve.engine.self_check import require_batchable, require_same_alone
+from dora_serve.errors import EngineError
 from dora_serve.module_names import ModuleNames
 from dora_serve.ops import squared_row_norms
-from dora_serve.progress import OnProgress, Progress, ignore_progress
-from dora_serve.quiet import quiet_transformers
-
-_ATTENTION_KINDS = ("full_attention", "sliding_attention")
+from dora_serve.progress import OnProgress, ignore_progress
 
 
 class Engine:
@@ -63,7 +61,11 @@ class Engine:
         self.config = model.config.get_text_config()
         self.device: torch.device = model.get_input_embeddings().weight.device
         self.dtype: torch.dtype = model.dtype
-        _require_batchable(model, self.config)
+        require_batchable(model, self.config)
+        if any(isinstance(module, AdaptedLinear) for module in model.modules()):
+            raise EngineError(
+                "This model is in another engine already.", remedy="Use that engine, or load the model again."
+            )
         self._accepts = frozenset(inspect.signature(model.forward).parameters)
         self._lock = threading.Lock()
         self._now = BatchOfNow()
@@ -72,6 +74,7 @@ class Engine:
         self._layers: Mapping[str, nn.Module] = _layers(model)
         put_layers(model, self._layers, self._now)
         self.vocabulary = int(model.get_input_embeddings().weight.shape[0])
+        require_same_alone(model, lambda tokens, cache: self.forward(None, tokens, cache), self.vocabulary, self.device)
         self.end_tokens = _end_tokens(model, tokenizer)
         self.pool = AdapterPool(
             Base(label, names, self._layers, self._squared_norm),
@@ -96,38 +99,17 @@ class Engine:
         dtype: None for the checkpoint's own. device: None for the GPU where there is one. options: Engine's.
         Raises CheckpointError, HubError, UnavailableError for a base that cannot be had or is no language model.
         """
-        try:
-            import transformers
-        except ImportError as error:
-            raise UnavailableError(
-                "The engine needs transformers, which is not installed.",
-                remedy="pip install 'dora-serve[serve]'",
-            ) from error
-        located = locate(str(base), what="base", on_progress=on_progress)
-        on_progress(Progress("loading the base", 0, None, ""))
-        where = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        try:
-            config = transformers.AutoConfig.from_pretrained(located.path)
-            kwargs: dict[str, Any] = {"dtype": dtype or "auto"}
-            if getattr(config, "quantization_config", None) is not None or where != "cpu":
-                kwargs["device_map"] = where
-            with quiet_transformers():
-                model = transformers.AutoModelForCausalLM.from_pretrained(located.path, **kwargs)
-        except (OSError, ValueError, ImportError) as error:
-            raise CheckpointError(
-                f"The base {str(base)!r} cannot be loaded as a causal language model: {error}",
-                remedy="Give a folder or Hub id of a causal language model that transformers knows.",
-                path=str(located.path),
-            ) from error
-        return Engine(model, _tokenizer(located.path), label=f"the base {str(base)!r}", **options)
+        loaded = load_base(base, dtype, device, on_progress)
+        return Engine(loaded.model, loaded.tokenizer, label=loaded.label, **options)
 
     def generate(self, requests: Sequence[Request], *, max_rows: int | None = None) -> Generation:
         """Answer all requests, at most `max_rows` at a time; iterate over what this returns for the events.
 
         A request that cannot be answered gets an event with its error, and the others go on.
         """
-        if isinstance(requests, Request):
-            requests = [requests]
+        requests = (requests,) if isinstance(requests, Request) else tuple(requests)
+        if not all(isinstance(request, Request) for request in requests):
+            raise EngineError("What is to be generated is not a list of Requests.", remedy="Give Request(...) objects.")
         rows = self.max_rows if max_rows is None else max_rows
         require("max_rows", rows, is_whole(rows) and rows > 0, "a whole number, 1 or more")
         return Generation(self, requests, min(rows, max(1, len(requests))))
@@ -149,7 +131,7 @@ class Engine:
         elif isinstance(request.prompt, str):
             if not request.prompt:
                 raise EngineError("The prompt is empty.", remedy="Give at least one character.")
-            tokens = list(self._tokenizer_or_raise()(request.prompt, add_special_tokens=special)["input_ids"])
+            tokens = self._encode(request.prompt, special=special)
         else:
             tokens = list(request.prompt or ())
         if not tokens:
@@ -190,8 +172,11 @@ class Engine:
         """A token by itself, special tokens by name."""
         return "" if self.tokenizer is None else str(self.tokenizer.decode([token]))
 
-    def forward(self, batch: Batch | None, tokens: Tensor, cache: RowCache | None = None) -> Tensor:
-        """Logits: of all places (rows, tokens, vocabulary) without a cache, of the last (rows, vocabulary) with one."""
+    def forward(
+        self, batch: Batch | None, tokens: Tensor, cache: RowCache | None = None, *, last: bool = False
+    ) -> Tensor:
+        """Logits (rows, tokens, vocabulary), of the `last` place alone if the model can; with a cache, of that place,
+        (rows, vocabulary)."""
         inputs: dict[str, Any] = {"input_ids": tokens, "use_cache": cache is not None}
         if cache is None or cache.filling is not None:
             inputs["attention_mask"] = torch.ones_like(tokens)
@@ -202,8 +187,8 @@ class Engine:
             inputs["position_ids"] = whole if cache is None or cache.filling is not None else cache.places[:, None]
         if cache is not None:
             inputs["past_key_values"] = cache.layers
-            if "logits_to_keep" in self._accepts:
-                inputs["logits_to_keep"] = 1
+        if (last or cache is not None) and "logits_to_keep" in self._accepts:
+            inputs["logits_to_keep"] = 1
         with self._lock, torch.inference_mode():
             self._now.batch = batch if batch is not None and batch.adapters else None
             self._now.shape = (tokens.shape[0], tokens.shape[1])
@@ -219,13 +204,20 @@ class Engine:
 
         A row's numbers depend a little on how many rows there are, since a library picks its kernels by that: in
         float32 by some 1e-5, so that this is far more, and one token in a thousand is so close. In 16 bits a forward
-        alone would be wanted at every tenth token; oneDNN's bfloat16, on a CPU, does not depend on the rows at all.
+        alone would be wanted at every tenth token; oneDNN's bfloat16, on a CPU, does not depend on the rows at all, and
+        neither do the adapters' factors if each row has its own.
         """
         return 1e-3 if self.dtype in (torch.float32, torch.float64) else 0.0
 
     def logits_alone(self, adapter: PreparedAdapter | None, tokens: Sequence[int]) -> Tensor:
         """The logits (vocabulary,) after a text, in float32, from a forward that has nothing else in it."""
-        return self.forward(Batch((adapter,)), torch.tensor([tokens], device=self.device))[0, -1].float()
+        batch = Batch((adapter,), by_row=self.by_row)
+        return self.forward(batch, torch.tensor([tokens], device=self.device), last=True)[0, -1].float()
+
+    @property
+    def by_row(self) -> bool:
+        """Whether batches hold each row's own factors: in 16 bits, a row's numbers are then the same in any of them."""
+        return self.dtype not in (torch.float32, torch.float64)
 
     def _chat_tokens(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         if not messages:
@@ -243,7 +235,15 @@ class Engine:
                 f"The chat template does not take these messages: {error}",
                 remedy='Each message is {"role": "system" | "user" | "assistant", "content": text}.',
             ) from error
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        return self._encode(text, special=False)
+
+    def _encode(self, text: str, *, special: bool) -> list[int]:
+        try:
+            return list(self._tokenizer_or_raise()(text, add_special_tokens=special, verbose=False)["input_ids"])
+        except (TypeError, ValueError) as error:  # bytes that are no text come from a shell as lone surrogates
+            raise EngineError(
+                f"The tokenizer does not take this text: {error}", remedy="Give valid Unicode text."
+            ) from error
 
     def _tokenizer_or_raise(self) -> Any:
         if self.tokenizer is None:
@@ -279,17 +279,6 @@ def _layers(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def _require_batchable(model: Any, config: Any) -> None:
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    other = sorted(kinds - set(_ATTENTION_KINDS))
-    if other or getattr(config, "is_encoder_decoder", False) or getattr(config, "attention_chunk_size", None):
-        what = ", ".join(other) or ("an encoder" if config.is_encoder_decoder else "chunked attention")
-        raise UnavailableError(
-            f"{type(model).__name__} has {what}, whose state the engine cannot keep by row.",
-            remedy="Merge the adapter with dora-export and serve the result elsewhere.",
-        )
-
-
 def _end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
     found: set[int] = set()
     for owner in (getattr(model, "generation_config", None), model.config, tokenizer):
@@ -298,12 +287,3 @@ def _end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
         if found:
             break
     return frozenset(found)
-
-
-def _tokenizer(folder: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, ImportError, KeyError):
-        return None

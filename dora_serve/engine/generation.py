@@ -5,6 +5,7 @@ It knows rows, tokens and requests, and the pool's leases; of how an adapter is 
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import deque
@@ -20,7 +21,7 @@ from dora_serve.engine.cache import RowCache
 from dora_serve.engine.factors import PreparedAdapter
 from dora_serve.engine.pool import AdapterPool
 from dora_serve.engine.requests import Alternative, Completion, Event, FinishReason, Request, Timings
-from dora_serve.engine.sampling import choose, draw, new_generator
+from dora_serve.engine.sampling import choose, draw, is_whole, new_generator
 from dora_serve.engine.text import TextStream
 from dora_serve.errors import DoraServeError, EngineError
 from dora_serve.progress import OnProgress, Progress, ignore_progress
@@ -36,6 +37,8 @@ class Decoder(Protocol):
 
     @property
     def closeness(self) -> float: ...
+    @property
+    def by_row(self) -> bool: ...
     def tokenize(self, request: Request) -> list[int]: ...
     def room_for(self, request: Request, prompt_tokens: int) -> int: ...
     def token_text(self, token: int) -> str: ...
@@ -66,38 +69,31 @@ class _Row:
 
 
 class Generation:
-    """Iterate over it for the events; `cancel` ends one request, from any thread; `close` ends all.
+    """Iterate over it for the events; `cancel` ends one request, from any thread; `close` ends all, and so does letting
+    go of it.
 
     A step of the model is done when the next event is asked for and none is waiting. Several generations may run on one
-    engine, each in its own thread: their steps take turns.
+    engine, each in its own thread: their steps take turns. One that is left half read keeps its adapters in use until
+    it is closed or gone.
     """
 
     def __init__(self, engine: Decoder, requests: Sequence[Request], max_rows: int) -> None:
         self.requests = tuple(requests)
-        self._engine = engine
-        self._waiting: deque[tuple[int, Request]] = deque(enumerate(self.requests))
-        self._prompts: dict[int, list[int]] = {}
-        self._rows: list[_Row] = []
-        self._max_rows = max_rows
-        self._cache = RowCache(max_rows)
-        self._batch: Batch | None = None
-        self._cancelled: set[int] = set()
-        self._queued = time.perf_counter()
-        self._lock = threading.Lock()
-        self._events = self._run()
+        self._decoding = _Decoding(engine, self.requests, max_rows)
+        # It holds the decoding and not this, so that a loop that is left early lets go of all at once.
+        self._events = self._decoding.run()
 
     def __iter__(self) -> Iterator[Event]:
-        return self._events
+        return self
 
     def __next__(self) -> Event:
         return next(self._events)
 
     def cancel(self, index: int) -> None:
         """End the request at place `index`; it gets an event that says so. One that has ended stays as it is."""
-        if not 0 <= index < len(self.requests):
+        if not is_whole(index) or not 0 <= index < len(self.requests):
             raise EngineError(f"There is no request {index}: there are {len(self.requests)}.", remedy="Count from 0.")
-        with self._lock:
-            self._cancelled.add(index)
+        self._decoding.cancel({index})
 
     def close(self) -> None:
         """End all that runs and let go of their adapters. Events that have not been asked for are lost.
@@ -107,8 +103,7 @@ class Generation:
         try:
             self._events.close()
         except ValueError:  # "generator already executing"
-            with self._lock:
-                self._cancelled.update(range(len(self.requests)))
+            self._decoding.cancel(set(range(len(self.requests))))
 
     def __enter__(self) -> Generation:
         return self
@@ -116,7 +111,27 @@ class Generation:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _run(self) -> Generator[Event]:
+
+class _Decoding:
+    """What a generation is made of: requests that wait, rows that run, and their cache."""
+
+    def __init__(self, engine: Decoder, requests: Sequence[Request], max_rows: int) -> None:
+        self._engine = engine
+        self._waiting: deque[tuple[int, Request]] = deque(enumerate(requests))
+        self._prompts: dict[int, list[int]] = {}
+        self._rows: list[_Row] = []
+        self._max_rows = max_rows
+        self._cache = RowCache(max_rows)
+        self._batch: Batch | None = None
+        self._cancelled: set[int] = set()
+        self._queued = time.perf_counter()
+        self._lock = threading.Lock()
+
+    def cancel(self, indices: set[int]) -> None:
+        with self._lock:
+            self._cancelled |= indices
+
+    def run(self) -> Generator[Event]:
         try:
             while self._waiting or self._rows:
                 yield from self._drop_cancelled()
@@ -194,7 +209,7 @@ class Generation:
         try:
             self._cache.begin_fill(place)
             tokens = torch.tensor([row.tokens], device=self._engine.device)
-            logits = self._engine.forward(Batch((row.adapter,)), tokens, self._cache)
+            logits = self._engine.forward(Batch((row.adapter,), by_row=self._engine.by_row), tokens, self._cache)
             self._cache.end(len(row.tokens))
         except BaseException:
             row.release()
@@ -208,7 +223,7 @@ class Generation:
     def _step(self) -> Iterator[Event]:
         """One token for every row."""
         if self._batch is None:
-            self._batch = Batch(tuple(row.adapter for row in self._rows))
+            self._batch = Batch(tuple(row.adapter for row in self._rows), by_row=self._engine.by_row)
         self._cache.begin_step(len(self._rows), self._engine.device)
         tokens = torch.tensor([row.tokens[-1:] for row in self._rows], device=self._engine.device)
         logits = self._engine.forward(self._batch, tokens, self._cache)
@@ -220,6 +235,10 @@ class Generation:
     def _take(self, row: _Row, logits: Tensor) -> Iterator[Event]:
         """Choose a row's next token from its logits (vocabulary,), and end the row where that is the last one."""
         logits, sampling = logits.float(), row.request.sampling
+        total = logits.double().logsumexp(dim=-1)  # in float32 a sum over a vocabulary is off by 1e-5
+        if not math.isfinite(total):
+            yield self._end(row, "error", _not_finite(row.request.adapter))
+            return
         noise = draw(len(logits), sampling, row.generator)
         choice = choose(logits, sampling, row.tokens, noise)
         if row.made and choice.margin < self._engine.closeness:
@@ -227,7 +246,6 @@ class Generation:
             choice = choose(self._engine.logits_alone(row.adapter, row.tokens), sampling, row.tokens, noise)
         token = choice.token
         row.tokens.append(token)
-        total = logits.double().logsumexp(dim=-1)  # in float32 a sum over a vocabulary is off by 1e-5
         ended = token in self._engine.end_tokens and not row.request.ignore_eos
         text = "" if ended else row.text.push(token)
         yield Event(
@@ -247,7 +265,7 @@ class Generation:
             for token, value in zip(ids.tolist(), (values - total).tolist(), strict=True)
         )
 
-    def _end(self, row: _Row, reason: FinishReason) -> Event:
+    def _end(self, row: _Row, reason: FinishReason, error: DoraServeError | None = None) -> Event:
         """Give the row's place to the last row, and its adapter back."""
         place, last = self._rows.index(row), len(self._rows) - 1
         if place != last:
@@ -264,10 +282,20 @@ class Generation:
             prompt_tokens=row.prompt_tokens,
             tokens=row.made,
         )
-        return Event(row.index, row.text.close(), finish_reason=reason, timings=timings)
+        return Event(row.index, row.text.close(), finish_reason=reason, timings=timings, error=error)
 
     def _no_time(self, now: float) -> Timings:
         return Timings(now - self._queued, 0.0, 0.0, 0, 0)
+
+
+def _not_finite(adapter: str | None) -> EngineError:
+    whose = "The base" if adapter is None else f"The adapter {adapter!r}"
+    return EngineError(
+        f"{whose} makes logits that are NaN or infinite.",
+        remedy="Its values are too large for the base's dtype, or its training diverged: try float32, or an earlier "
+        "checkpoint.",
+        adapter=adapter,
+    )
 
 
 def _nothing() -> None:

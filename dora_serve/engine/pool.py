@@ -7,6 +7,7 @@ does not touch requests that run: they hold the one that they began with. Safe t
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 import time
 from collections import OrderedDict
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from dora_serve.adapter import Adapter
 from dora_serve.engine.factors import Base, PreparedAdapter, prepare
+from dora_serve.engine.sampling import is_whole, require
 from dora_serve.errors import AdapterError, EngineError
 from dora_serve.formats import ReadOptions, read_adapter
 from dora_serve.hub import locate
@@ -35,6 +37,10 @@ class Limits:
 
     count: int | None = None
     nbytes: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (("count", self.count), ("nbytes", self.nbytes)):
+            require(name, value, value is None or (is_whole(value) and value >= 0), "a whole number, or none")
 
     def hold(self, sizes: list[int]) -> bool:
         """Whether adapters of these sizes fit."""
@@ -132,7 +138,9 @@ class AdapterPool:
         """
         self._require_name(name, replace)
         began = time.perf_counter()
+        require("path", path, isinstance(path, (str, Path)), "a folder or a Hub id")
         folder = locate(path, what="adapter").path if isinstance(path, str) else path
+        folder = Path(os.path.abspath(folder.expanduser()))
         before = _stamps(folder)
         adapter = read_adapter(folder, options)
         prepared = prepare(name, adapter, self._base, self.max_rank)
@@ -248,9 +256,10 @@ class AdapterPool:
     def _read_again(self, entry: _Entry) -> PreparedAdapter:
         before = _stamps(entry.path)
         if any(before.get(path) != stamp for path, stamp in entry.files.items()):
+            how = "have changed" if all(path in before for path in entry.files) else "are gone"
             raise EngineError(
                 f"The adapter {entry.name!r} was moved out of memory, and since it was loaded its files in "
-                f"{str(entry.path)!r} have changed.",
+                f"{str(entry.path)!r} {how}.",
                 remedy="Load it again with replace=True.",
                 adapter=entry.name,
             )
@@ -270,7 +279,7 @@ class AdapterPool:
             return entry
 
     def _require_name(self, name: str, replace: bool) -> None:
-        if not name or name == BASE_NAME:
+        if not isinstance(name, str) or not name or name == BASE_NAME:
             raise EngineError(
                 f"An adapter cannot be called {name!r}" + (": that is the base's name." if name else "."),
                 remedy="Give it another name.",
@@ -296,11 +305,13 @@ class AdapterPool:
         limits, size, moved = self._limits["device"], entry.report.nbytes, 0
         while not limits.hold([one.report.nbytes for one in (*staying, *leaving[moved:])] + [size]):
             if moved == len(leaving):
-                held = ", ".join(sorted({one.name for one in staying})) or "none"
+                held = ", ".join(sorted({one.name for one in staying}))
+                why = f"in use or pinned are {held}" if held else "it is larger than the whole limit"
+                remedy = "Wait until requests end, unpin one, or give" if held else "Give"
                 raise EngineError(
                     f"There is no room on the device for the adapter {entry.name!r} ({size:,} bytes, limits: "
-                    f"{limits.count} adapters, {limits.nbytes} bytes); in use or pinned: {held}.",
-                    remedy="Wait until requests end, unpin one, or give the engine a larger limit.",
+                    f"{limits.count} adapters, {limits.nbytes} bytes): {why}.",
+                    remedy=f"{remedy} the engine larger device_limits.",
                     adapter=entry.name,
                     full=any(one.users for one in staying),
                 )

@@ -35,8 +35,8 @@ class Request:
         if (self.prompt is None) == (self.messages is None):
             raise EngineError("A request has a prompt or messages, and not both.", remedy="Give one of them.")
         plain = isinstance(self.prompt, str) or self.prompt is None
-        ids = isinstance(self.prompt, Sequence) and all(is_whole(token) for token in self.prompt)
-        require("prompt", self.prompt, plain or ids, "a text or token ids")
+        ids = isinstance(self.prompt, (list, tuple)) and all(is_whole(token) for token in self.prompt)
+        require("prompt", self.prompt, plain or ids, "a text, or a list of token ids (.tolist() makes one)")
         require("adapter", self.adapter, self.adapter is None or isinstance(self.adapter, str), "a name, or none")
         counted = self.max_tokens is None or (is_whole(self.max_tokens) and self.max_tokens > 0)
         require("max_tokens", self.max_tokens, counted, "a whole number, 1 or more, or none")

@@ -45,7 +45,7 @@ def require(name: str, value: object, sound: bool, wanted: str) -> None:
 
 def is_number(value: object) -> TypeGuard[float]:
     """Whether it is a finite number; a truth value is none."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 def is_whole(value: object) -> TypeGuard[int]:
@@ -86,7 +86,8 @@ def choose(logits: Tensor, sampling: Sampling, so_far: Sequence[int], noise: Ten
     scores = _penalized(logits, sampling.repetition_penalty, so_far)
     if noise is None:
         return _first(scores, 1.0)
-    scores = scores / sampling.temperature
+    # From the largest down, so that the smallest temperature makes -inf of the others and not inf of all.
+    scores = (scores - scores.max()) / max(sampling.temperature, 1e-30)
     race = scores - noise.to(scores)
     if not sampling.top_k and sampling.top_p == 1:
         return _first(race, sampling.temperature)

@@ -40,8 +40,8 @@ def score(
     The first is what the others are compared with. The places of the prompt are left out, and of a text without one
     the first token. Raises EngineError where there is nothing to score, or no such adapter.
     """
-    if not adapters:
-        raise EngineError("No adapter is named to score with.", remedy="Name one; None is the base.")
+    if isinstance(adapters, str) or not adapters:
+        raise EngineError("No list of adapters is given to score with.", remedy="Name some, [None] for the base.")
     before = engine.tokenize(Request(prompt)) if prompt else []
     after = engine.tokenize(Request(text), special=not before)  # a text that goes on has no beginning of its own
     tokens = before + after
@@ -56,7 +56,7 @@ def score(
             rows.append(prepared)
             releases.append(release)
         batch = torch.tensor([tokens] * len(rows), device=engine.device)
-        logits = engine.forward(Batch(tuple(rows)), batch)
+        logits = engine.forward(Batch(tuple(rows), by_row=engine.by_row), batch)
     finally:
         for release in releases:
             if release is not None:

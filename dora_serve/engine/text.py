@@ -7,6 +7,9 @@ from typing import Any
 _UNFINISHED = "\ufffd"
 """What a tokenizer decodes the first bytes of a character to, before its last ones have come."""
 
+_LONGEST = 8
+"""Tokens of one character at most; more that do not make one are no text."""
+
 
 class TextStream:
     """The text of one request. `push` takes a token and returns what can be shown; `stopped` once a stop string came.
@@ -27,7 +30,8 @@ class TextStream:
         self._ids.append(token_id)
         before = self._decode(self._start, self._shown)
         now = self._decode(self._start, len(self._ids))
-        if len(now) <= len(before) or now.endswith(_UNFINISHED):
+        waits = now.endswith(_UNFINISHED) and len(self._ids) - self._shown < _LONGEST
+        if len(now) <= len(before) or waits:
             return ""
         self._start, self._shown = self._shown, len(self._ids)
         return self._release(now[len(before) :])

@@ -1,0 +1,70 @@
+"""Whether this model's numbers are the same in the engine's batches as by itself: tried, since no list is complete.
+
+A model may keep a state that is not keys and values by token, count its positions from elsewhere, look ahead, or cut
+its own masks. Two rows of unlike length are filled and decode one token together, and the shorter one is compared with
+a forward that has nothing else in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dora_serve.engine.cache import RowCache
+from dora_serve.errors import UnavailableError
+
+_LENGTHS = (5, 3)
+
+
+def require_batchable(model: Any, config: Any) -> None:
+    """Raise UnavailableError, by name, for what is known not to fit and a short trial would not show."""
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    other = sorted(kinds - {"full_attention", "sliding_attention"})
+    if "local" in (getattr(config, "attention_layers", None) or ()):
+        other.append("local attention with masks of its own")
+    if getattr(config, "is_encoder_decoder", False):
+        other.append("an encoder")
+    if getattr(config, "attention_chunk_size", None):
+        other.append("chunked attention")
+    if other:
+        raise _unavailable(model, f"it has {', '.join(other)}")
+
+
+def require_same_alone(
+    model: Any, forward: Callable[[Tensor, RowCache | None], Tensor], vocabulary: int, device: torch.device
+) -> None:
+    """Raise UnavailableError where the model cannot be run in rows, or gives other logits than alone.
+
+    forward: tokens (rows, tokens) and a cache, to logits (rows, tokens or none, vocabulary).
+    """
+    ids = torch.linspace(1, vocabulary - 1, sum(_LENGTHS) + len(_LENGTHS), device=device).long()
+    texts = [ids[: _LENGTHS[0] + 1], ids[_LENGTHS[0] + 1 :]]
+    try:
+        cache = RowCache(len(texts))
+        for row, text in enumerate(texts):
+            cache.begin_fill(row)
+            forward(text[None, :-1], cache)
+            cache.end(len(text) - 1)
+        cache.begin_step(len(texts), device)
+        batched = forward(torch.stack([text[-1:] for text in texts]), cache)[1].float()
+        alone = forward(texts[1][None], None)[0, -1].float()
+    except Exception as error:  # whatever a model raises that was not written for this
+        raise _unavailable(model, f"it cannot be run in rows ({type(error).__name__})") from error
+    if not bool(torch.isfinite(alone).all()):
+        raise _unavailable(model, "its logits are not finite")
+    spread = float((alone - alone.mean()).square().mean().sqrt())
+    distance = float((batched - alone).square().mean().sqrt())
+    quantized = getattr(model.config, "quantization_config", None) is not None
+    # Rounding moves float32 logits by 1e-6 of their spread, 16 bits by a hundredth; another position or mask by tenths.
+    if distance > (1e-3 if model.dtype in (torch.float32, torch.float64) and not quantized else 0.15) * spread:
+        raise _unavailable(model, "its logits in a batch are others than alone")
+
+
+def _unavailable(model: Any, why: str) -> UnavailableError:
+    return UnavailableError(
+        f"{type(model).__name__} cannot be served by rows: {why}.",
+        remedy="Merge the adapter with dora-export and serve the result elsewhere.",
+    )
