@@ -182,9 +182,9 @@ class Engine:
             inputs["attention_mask"] = torch.ones_like(tokens)
         else:
             inputs["attention_mask"] = step_mask(cache, self.config, self.device, self.dtype)
-        if "position_ids" in self._accepts:
-            whole = torch.arange(tokens.shape[1], device=self.device).expand(tokens.shape)
-            inputs["position_ids"] = whole if cache is None or cache.filling is not None else cache.places[:, None]
+        if "position_ids" in self._accepts and cache is not None:
+            whole = torch.arange(tokens.shape[1], device=self.device)[None]
+            inputs["position_ids"] = whole if cache.filling is not None else cache.places[:, None]
         if cache is not None:
             inputs["past_key_values"] = cache.layers
         if (last or cache is not None) and "logits_to_keep" in self._accepts:

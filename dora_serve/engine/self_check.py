@@ -2,7 +2,7 @@
 
 A model may keep a state that is not keys and values by token, count its positions from elsewhere, look ahead, or cut
 its own masks. Two rows of unlike length are filled and decode one token together, and the shorter one is compared with
-a forward that has nothing else in it.
+a forward of its own, which is left to count its positions itself; there, another last token may change no earlier one.
 """
 
 from __future__ import annotations
@@ -50,17 +50,27 @@ def require_same_alone(
             cache.end(len(text) - 1)
         cache.begin_step(len(texts), device)
         batched = forward(torch.stack([text[-1:] for text in texts]), cache)[1].float()
-        alone = forward(texts[1][None], None)[0, -1].float()
+        other = texts[1].clone()
+        other[-1] = texts[0][-1]
+        whole = forward(torch.stack([texts[1], other]), None).float()
+        alone = whole[0, -1]
     except Exception as error:  # whatever a model raises that was not written for this
         raise _unavailable(model, f"it cannot be run in rows ({type(error).__name__})") from error
     if not bool(torch.isfinite(alone).all()):
         raise _unavailable(model, "its logits are not finite")
-    spread = float((alone - alone.mean()).square().mean().sqrt())
-    distance = float((batched - alone).square().mean().sqrt())
     quantized = getattr(model.config, "quantization_config", None) is not None
-    # Rounding moves float32 logits by 1e-6 of their spread, 16 bits by a hundredth; another position or mask by tenths.
-    if distance > (1e-3 if model.dtype in (torch.float32, torch.float64) and not quantized else 0.15) * spread:
+    # Rounding moves float32 logits by 1e-6 of their spread and 16 bits by a hundredth; another position or mask by far
+    # more, but by less where the weights are as small as those of an untrained model.
+    allowed = 1e-4 if model.dtype in (torch.float32, torch.float64) and not quantized else 0.15
+    spread = _rms(alone - alone.mean())
+    if _rms(batched - alone) > allowed * spread:
         raise _unavailable(model, "its logits in a batch are others than alone")
+    if _rms(whole[0, :-1] - whole[1, :-1]) > allowed * spread:
+        raise _unavailable(model, "a token changes what comes before it")
+
+
+def _rms(difference: Tensor) -> float:
+    return float(difference.square().mean().sqrt())
 
 
 def _unavailable(model: Any, why: str) -> UnavailableError:
