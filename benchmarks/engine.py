@@ -25,9 +25,10 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+from benchmarks.page import write_table  # noqa: E402 - the repository need not be installed
+
 RESULTS = ROOT / "benchmarks" / "results" / "engine.json"
-DOCUMENT = ROOT / "docs" / "benchmarks.md"
-BEGIN, END = "<!-- engine -->\n", "<!-- /engine -->\n"
 
 PROMPT_TOKENS, BATCH = 32, 8
 
@@ -331,17 +332,12 @@ def table(result: Mapping[str, Any]) -> str:
 
 
 def _write(result: Mapping[str, Any]) -> None:
-    name = RESULTS if result["machine"]["device"] == "cpu" else RESULTS.with_name("engine-gpu.json")
-    name.parent.mkdir(parents=True, exist_ok=True)
-    name.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    if name != RESULTS:
-        return
-    text = DOCUMENT.read_text(encoding="utf-8")
-    before, found, rest = text.partition(BEGIN)
-    _, found_end, after = rest.partition(END)
-    if not (found and found_end):
-        raise SystemExit(f"{DOCUMENT} has no {BEGIN.strip()} ... {END.strip()} to write the table between")
-    DOCUMENT.write_text(before + BEGIN + "\n" + table(result) + "\n" + END + after, encoding="utf-8")
+    on_cpu = result["machine"]["device"] == "cpu"
+    path = RESULTS if on_cpu else RESULTS.with_name("engine-gpu.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    if on_cpu:
+        write_table("engine", table(result))
 
 
 def _say(text: str) -> None:

@@ -35,8 +35,6 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "merge.json"
-DOCUMENT = ROOT / "docs" / "benchmarks.md"
-BEGIN, END = "<!-- merge -->\n", "<!-- /merge -->\n"
 
 SHARDS, RANK, PEFT_RUNS = 5, 16, 2
 MIB = 1 << 20
@@ -335,14 +333,11 @@ def _beside_peft(result: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _write(result: Mapping[str, Any]) -> None:
+    from benchmarks.page import write_table
+
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
     RESULTS.write_text(json.dumps(result, indent=2) + "\n")
-    text = DOCUMENT.read_text(encoding="utf-8")
-    before, found, rest = text.partition(BEGIN)
-    _, found_end, after = rest.partition(END)
-    if not (found and found_end):
-        raise SystemExit(f"{DOCUMENT} has no {BEGIN.strip()} ... {END.strip()} to write the table between")
-    DOCUMENT.write_text(before + BEGIN + "\n" + table(result) + "\n" + END + after, encoding="utf-8")
+    write_table("merge", table(result))
 
 
 def _say(text: str) -> None:

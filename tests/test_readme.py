@@ -14,8 +14,14 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+
+
+def commands_of(page: str) -> list[list[str]]:
+    """What follows the prompts of a page's console blocks, split as a shell would."""
+    lines = [line for block in blocks(page, "console") for line in block.splitlines()]
+    return [shlex.split(line[2:]) for line in lines if line.startswith("$ ")]
 
 
 @pytest.fixture(scope="module")
@@ -34,13 +40,12 @@ def run(command: list[str], folder: Path) -> str:
 
 
 def test_the_commands_and_the_python_run_as_printed(desk: Path) -> None:
-    commands = [line[2:] for block in blocks("console") for line in block.splitlines() if line.startswith("$ ")]
-    assert {shlex.split(command)[1] for command in commands} == {"demo-base", "inspect", "merge", "verify", "generate"}
+    commands = commands_of(README)
+    assert {command[1] for command in commands} == {"demo-base", "inspect", "merge", "verify", "generate"}
     modules = {"dora-export": "exporters.cli", "dora-serve": "dora_serve.cli"}
-    for command in commands:
-        program, *arguments = shlex.split(command)
+    for program, *arguments in commands:
         assert run([sys.executable, "-m", modules[program], *arguments], desk).strip()
-    (python,) = blocks("python")
+    (python,) = blocks(README, "python")
     assert run([sys.executable, "-c", python], desk).startswith("True 0 of ")
 
 
