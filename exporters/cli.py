@@ -61,6 +61,14 @@ def build_parser() -> CommandParser:
     inspect = commands.add_parser("inspect", help="show what an adapter is, and whether it fits a base")
     inspect.add_argument("adapter", type=name_argument, metavar="ADAPTER", help="folder or Hub id")
     inspect.add_argument("--base", type=name_argument, help="folder or Hub id: also show what a merge into it would do")
+    inspect.add_argument(
+        "--decompose",
+        action="store_true",
+        help="how far magnitudes and directions move (DoRA paper, 3.2); needs --base",
+    )
+    inspect.add_argument(
+        "--plot", type=path_argument, metavar="FILE", help="draw that into a .png, .svg or .pdf; needs --base"
+    )
     _add_reading(inspect)
     inspect.set_defaults(run=_inspect)
 
@@ -97,6 +105,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.given = ("dora-export", *given)
     if options.command == "merge" and options.out is None and not options.dry_run:
         parser.error("merge: give the folder to make with -o OUT, or --dry-run")
+    if options.command == "inspect" and options.base is None and (options.decompose or options.plot):
+        parser.error("inspect: what an adapter changes is told against a base: name it with --base")
     return run_command(
         "dora-export",
         lambda: int(options.run(options)),
@@ -171,11 +181,22 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> int:
+    from dora_serve.decomposition_plot import require_drawing, save_plot
     from exporters.inspect import inspect
     from exporters.report import inspection_text
 
     with ExitStack() as stack:
-        inspection = inspect(options.adapter, options.base, _read_options(options), _progress(stack))
+        if options.plot is not None:
+            require_drawing(options.plot)
+        inspection = inspect(
+            options.adapter,
+            options.base,
+            _read_options(options),
+            _progress(stack),
+            with_decomposition=options.decompose or options.plot is not None,
+        )
+        if options.plot is not None and inspection.decomposition is not None:
+            save_plot({inspection.path.name: inspection.decomposition}, options.plot)
     print(json.dumps(inspection.to_json(), indent=2) if options.json else inspection_text(inspection))
     return 0 if not inspection.problems else EXIT_FAILED
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from dora_serve.adapter import Adapter, LazyTensor
 from dora_serve.checkpoint import open_checkpoint
+from dora_serve.decomposition import Decomposition, decompose
 from dora_serve.errors import CheckpointError, PlanError
 from dora_serve.formats import ReadOptions, read_adapter
 from dora_serve.hub import locate
@@ -31,7 +32,9 @@ class Target:
 
 @dataclass(frozen=True)
 class Inspection:
-    """parameters: trained numbers. plan: what a merge into `base` would do, None without one. problems: sentences."""
+    """parameters: trained numbers. plan: what a merge into `base` would do, None without one. problems: sentences.
+    decomposition: what happens to magnitudes and directions, where that was asked for.
+    """
 
     path: Path
     format: str
@@ -47,6 +50,7 @@ class Inspection:
     notes: tuple[str, ...]
     problems: tuple[str, ...]
     plan: Mapping[str, object] | None = None
+    decomposition: Decomposition | None = None
 
     def to_json(self) -> dict[str, object]:
         return {
@@ -75,11 +79,21 @@ class Inspection:
             "notes": list(self.notes),
             "problems": list(self.problems),
             "plan": dict(self.plan) if self.plan else None,
+            "decomposition": self.decomposition.to_json() if self.decomposition else None,
         }
 
 
-def inspect(adapter: str, base: str | None, read: ReadOptions, on_progress: OnProgress = ignore_progress) -> Inspection:
+def inspect(
+    adapter: str,
+    base: str | None,
+    read: ReadOptions,
+    on_progress: OnProgress = ignore_progress,
+    *,
+    with_decomposition: bool = False,
+) -> Inspection:
     """Read an adapter and, where a base is given, plan its merge; what would stop that is in `problems`.
+
+    with_decomposition: read the base's adapted weights as well, and say how far magnitudes and directions move.
 
     Raises AdapterError for one that cannot be read at all, CheckpointError and HubError for a base that cannot.
     """
@@ -87,13 +101,15 @@ def inspect(adapter: str, base: str | None, read: ReadOptions, on_progress: OnPr
     contents = read_adapter(found.path, read)
     problems: tuple[str, ...] = ()
     notes = contents.notes
-    plan = None
+    plan, decomposition = None, None
     if base is not None:
         located = locate(base, what="base", on_progress=on_progress)
         notes += base_notes(contents, located)
         sources = Sources(located, found, open_checkpoint(located.path), contents)
         try:
-            plan = plan_sources(sources).summary()
+            planned = plan_sources(sources)
+            plan = planned.summary()
+            decomposition = decompose(planned, on_progress) if with_decomposition else None
         except PlanError as error:
             problems = tuple(str(problem) for problem in error.problems)
         except CheckpointError as error:
@@ -117,6 +133,7 @@ def inspect(adapter: str, base: str | None, read: ReadOptions, on_progress: OnPr
         notes=notes,
         problems=problems,
         plan=plan,
+        decomposition=decomposition,
     )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dora_serve.comparison import Comparison, Tolerance
+from dora_serve.decomposition import Decomposition, ModuleChange
 from dora_serve.forward_check import ForwardReport
 from dora_serve.plan import MergePlan
 from dora_serve.tensor_report import TensorReport
@@ -109,11 +110,28 @@ def inspection_text(inspection: Inspection) -> str:
     if inspection.plan is not None:
         actions = inspection.plan["actions"]
         lines += ["", f"It fits {inspection.plan['base']}.", format_table(_rows(actions), ("what happens", "tensors"))]
+    if inspection.decomposition is not None:
+        lines += ["", decomposition_text(inspection.decomposition)]
     if inspection.problems:
         lines += ["", "It cannot be merged:"] + [f"  - {problem}" for problem in inspection.problems[:20]]
         if len(inspection.problems) > 20:
             lines.append(f"  - and {len(inspection.problems) - 20} more")
     return "\n".join(lines)
+
+
+def decomposition_text(found: Decomposition) -> str:
+    """How far magnitudes and directions move, by kind of module, and how the two go together."""
+    rows = []
+    for kind, trend in {**found.by_kind, "all": found.trend}.items():
+        group = [change for change in found.modules if kind in ("all", change.kind)]
+        means = [sum(values) / max(1, len(group)) for values in zip(*map(_changes, group), strict=True)] or [0.0] * 3
+        rows.append([kind, str(trend.modules), *map(_number, (*means, trend.correlation, trend.slope))])
+    header = ("what changes", "modules", "m", "mean |m' - m|", "mean 1 - cos", "correlation", "slope")
+    return format_table(rows, header)
+
+
+def _changes(change: ModuleChange) -> tuple[float, float, float]:
+    return change.magnitude, change.delta_magnitude, change.delta_direction
 
 
 def _headline(plan: MergePlan) -> str:

@@ -37,7 +37,7 @@ NEVER = (
 )
 
 ONLY_WHERE_USED = {"accelerate", "bitsandbytes", "gguf", "gradio", "huggingface_hub", "httpx2", "onnx", "onnxruntime"}
-ONLY_WHERE_USED |= {"onnx_ir", "onnxscript", "peft", "transformers", "vllm"}
+ONLY_WHERE_USED |= {"matplotlib", "onnx_ir", "onnxscript", "peft", "transformers", "vllm"}
 
 
 def _modules() -> dict[str, Path]:
