@@ -6,6 +6,7 @@ Nothing heavy is imported until a command runs, so `--help` answers at once.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import sys
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from dora_serve import __version__
-from dora_serve.console import EXIT_FAILED, CommandParser, device_argument, name_argument, run_command
+from dora_serve.console import EXIT_FAILED, CommandParser, device_argument, name_argument, path_argument, run_command
 
 if TYPE_CHECKING:
     from dora_serve.engine import Completion, LoadReport, Request
@@ -70,7 +71,32 @@ def build_parser() -> CommandParser:
     )
     generate.add_argument("--json", action="store_true", help="print one JSON object a line: a column each")
     generate.set_defaults(run=_generate)
+    _add_app(commands)
     return parser
+
+
+def _add_app(commands: Any) -> None:
+    app = commands.add_parser("app", help="a page in the browser: one prompt, the base and its adapters side by side")
+    app.add_argument(
+        "base",
+        type=name_argument,
+        nargs="?",
+        metavar="BASE",
+        help="folder or Hub id; default: a small one from a package, with the example adapters; of --server: its name",
+    )
+    app.add_argument(
+        "--adapter", type=_adapter, action="append", default=[], metavar="NAME=PATH", help="loaded from the start"
+    )
+    app.add_argument("--server", metavar="URL", help="decode on an OpenAI-compatible server, such as vLLM, not here")
+    app.add_argument(
+        "--folder", type=path_argument, action="append", default=[], help="adapters may be added from below it"
+    )
+    app.add_argument("--host", default="127.0.0.1", help="address to listen at (%(default)s)")
+    app.add_argument("--port", type=int, metavar="N", help="default: the first free one from 7860 on")
+    app.add_argument("--auth", type=_auth, metavar="USER:PASSWORD", help="ask for these before anything is shown")
+    app.add_argument("--share", action="store_true", help="a public address, through Gradio's servers; off by default")
+    app.add_argument("--device", type=device_argument, default="auto", help="auto, cpu, cuda, cuda:N (%(default)s)")
+    app.set_defaults(run=_app, json=False)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -80,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names = [name for name, _ in options.adapter]
     for name in names:
         if names.count(name) > 1:
-            parser.error(f"generate: two adapters are called {name!r}")
+            parser.error(f"{options.command}: two adapters are called {name!r}")
     return run_command("dora-serve", lambda: int(options.run(options, parser)), as_json=options.json, indent=None)
 
 
@@ -91,6 +117,18 @@ def _adapter(text: str) -> tuple[str, str]:
     if name == BASE_COLUMN:
         raise argparse.ArgumentTypeError(f"{BASE_COLUMN!r} is the base's own name: call the adapter something else")
     return name, path
+
+
+def _auth(text: str) -> tuple[str, str]:
+    user, colon, password = text.partition(":")
+    if not (user and colon and password):
+        raise argparse.ArgumentTypeError("it is no USER:PASSWORD")
+    return user, password
+
+
+def _app(options: argparse.Namespace, parser: CommandParser) -> int:
+    # By name: the app stands on this package, and never the other way round.
+    return int(importlib.import_module("app.cli").run(options))
 
 
 def _generate(options: argparse.Namespace, parser: CommandParser) -> int:

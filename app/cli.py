@@ -1,0 +1,120 @@
+"""`dora-serve app`: make the backend, build the page, serve it until Ctrl-C."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from app.shared import Shared
+from dora_serve.errors import DoraServeError, UnavailableError
+from dora_serve.progress import OnProgress
+
+if TYPE_CHECKING:
+    from app.backend import Backend
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples" / "adapters"
+EXAMPLE_COLUMNS = ("base", "dates-lora", "dates-dora")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Serve the page as the command line says; returns when it is interrupted."""
+    from dora_serve.terminal import TerminalProgress
+
+    require_gradio()
+    with TerminalProgress() as progress:
+        shared = prepare(options, progress)
+    serve(shared, options)
+    return 0
+
+
+def prepare(options: argparse.Namespace, progress: OnProgress) -> Shared:
+    """Load the base and the adapters, or reach the server."""
+    given = [(name, path) for name, path in options.adapter]
+    backend: Backend
+    if options.server is not None:
+        from app.server_backend import ServerBackend
+
+        backend = ServerBackend(options.server, base=options.base, api_key=os.environ.get("OPENAI_API_KEY"))
+    else:
+        backend, examples = _engine(options, progress)
+        given = given or examples
+    for name, path in given:
+        backend.load(name, path)
+    cache = _cache()
+    folders = [Path(path).absolute().parent for _, path in given if Path(path).exists()]
+    folders = [*dict.fromkeys([*(folder.absolute() for folder in options.folder), *folders])]
+    uploads = cache / "uploads"
+    chosen = EXAMPLE_COLUMNS if not options.adapter else ()
+    return Shared(backend, uploads, tuple(folders), chosen)
+
+
+def serve(shared: Shared, options: argparse.Namespace) -> None:
+    """Launch, and stay until it is interrupted."""
+    from app.page import build_page, look
+
+    auth = options.auth
+    page = build_page(shared)
+    try:
+        page.launch(
+            server_name=options.host,
+            server_port=options.port,
+            share=options.share,
+            auth=[auth] if auth else None,
+            max_file_size="1gb",
+            ssr_mode=False,
+            show_error=True,
+            enable_monitoring=False,
+            **look(),
+        )
+    except OSError as error:
+        raise UnavailableError(
+            f"The page cannot be served at {options.host}:{options.port or 'any port'}: {error}",
+            remedy="Choose another --port.",
+        ) from error
+    finally:
+        page.close()
+
+
+def require_gradio() -> None:
+    """Raise UnavailableError where the extra is not installed."""
+    try:
+        import gradio
+    except ImportError as error:
+        raise UnavailableError(
+            "The app needs gradio, which is not installed.", remedy="pip install 'dora-serve[app]'"
+        ) from error
+    if int(gradio.__version__.partition(".")[0]) < 6:
+        raise UnavailableError(
+            f"gradio {gradio.__version__} is installed, wanted 6 or newer.", remedy="pip install 'dora-serve[app]'"
+        )
+
+
+def _engine(options: argparse.Namespace, progress: OnProgress) -> tuple[Backend, list[tuple[str, str]]]:
+    """The engine on the base that is named, or on the embedded one with its example adapters."""
+    from app.engine_backend import EngineBackend
+    from dora_serve.engine import Engine
+
+    base, examples = options.base, []
+    if base is None:
+        from dora_serve.demo_base import make_demo_base
+
+        base = str(make_demo_base(_cache() / "smollm2-135m"))
+        if not options.adapter and EXAMPLES.is_dir():
+            examples = [(path.name, str(path)) for path in sorted(EXAMPLES.iterdir()) if path.is_dir()]
+    device = None if options.device == "auto" else options.device
+    return EngineBackend(Engine.load(base, device=device, on_progress=progress), base), examples
+
+
+def _cache() -> Path:
+    """Where what this app makes for itself is kept: $XDG_CACHE_HOME/dora-serve, or ~/.cache/dora-serve."""
+    root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    folder = Path(root) / "dora-serve"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DoraServeError(
+            f"{str(folder)!r} cannot be made: {error.strerror}.", remedy="Set XDG_CACHE_HOME to a folder of your own."
+        ) from error
+    return folder

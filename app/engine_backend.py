@@ -1,0 +1,77 @@
+"""The engine in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace as with_changes
+from pathlib import Path
+
+from app.backend import AdapterRow, Stream, TokenScore
+from dora_serve.checkpoint import open_checkpoint
+from dora_serve.decomposition import Decomposition, decompose
+from dora_serve.engine import Engine, Request, score
+from dora_serve.engine.text import TextStream
+from dora_serve.errors import EngineError
+from dora_serve.formats import read_adapter
+from dora_serve.hub import locate
+from dora_serve.progress import OnProgress
+from dora_serve.resolve import plan_merge
+
+
+class EngineBackend:
+    """base: the folder or Hub id that `engine` was loaded from, to look at its weights on disk."""
+
+    confined = True
+
+    def __init__(self, engine: Engine, base: str) -> None:
+        self.engine, self.label = engine, base.rstrip("/").rpartition("/")[2] or base
+        self._base = base
+
+    def adapters(self) -> tuple[AdapterRow, ...]:
+        return tuple(
+            AdapterRow(
+                name=entry.name,
+                source=str(entry.path),
+                format=entry.format,
+                method=entry.method,
+                rank=entry.rank,
+                modules=entry.modules,
+                nbytes=entry.nbytes,
+                tier=entry.tier,
+                in_use=entry.in_use,
+                load_seconds=entry.load_seconds,
+                changes_output=entry.changes_output,
+            )
+            for entry in self.engine.pool.list()
+        )
+
+    def load(self, name: str, source: str | Path, *, replace: bool = False) -> str:
+        report = self.engine.pool.load(name, source, replace=replace)
+        changes = ". It changes nothing: is it the trained one?" if report.changes_output is False else "."
+        did = "Replaced" if report.replaced else "Added"
+        return (
+            f"{did} {name}: {report.method} of rank {report.rank} on {report.modules} modules, "
+            f"in {report.seconds:.2f} s{changes}"
+        )
+
+    def unload(self, name: str) -> None:
+        self.engine.pool.unload(name)
+
+    def stream(self, requests: Sequence[Request]) -> Stream:
+        return self.engine.generate(requests)
+
+    def score(self, request: Request, text: str, token_ids: Sequence[int]) -> tuple[TokenScore, ...]:
+        prompt = self.engine.tokenize(with_changes(request, adapter=None))
+        (found,) = score(self.engine, token_ids, [None], prompt=prompt)
+        # Text as it grows, so that characters of several tokens are shown, with the last of these.
+        grown = TextStream(self.engine.tokenizer, ())
+        pieces = [grown.push(token) for token in found.token_ids]
+        pieces[-1] += grown.close()
+        return tuple(TokenScore(piece, value) for piece, value in zip(pieces, found.logprobs, strict=True))
+
+    def decompose(self, name: str, on_progress: OnProgress) -> Decomposition:
+        entry = next((entry for entry in self.engine.pool.list() if entry.name == name), None)
+        if entry is None:
+            raise EngineError(f"There is no adapter {name!r}.", remedy="Choose one of those that are loaded.")
+        base = open_checkpoint(locate(self._base, what="base").path)
+        return decompose(plan_merge(base, read_adapter(entry.path)), on_progress)

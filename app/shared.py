@@ -1,0 +1,64 @@
+"""What the tabs have in common: the backend, the browsers' desks, and where adapters may be read."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from app.backend import BASE, Backend
+from app.desk import MOST_COLUMNS, Desks
+from dora_serve.errors import AdapterError
+from dora_serve.hub import hub_repository
+
+
+@dataclass(frozen=True)
+class Shared:
+    """uploads: where uploaded adapters are put. folders: adapters on this machine are read below these alone.
+
+    chosen: the columns of a fresh page, as far as they are loaded.
+    """
+
+    backend: Backend
+    uploads: Path
+    folders: tuple[Path, ...] = ()
+    chosen: tuple[str, ...] = ()
+    desks: Desks = field(default_factory=Desks)
+
+    def columns(self) -> list[str]:
+        """The base, and every adapter that is loaded."""
+        return [BASE, *(row.name for row in self.backend.adapters())]
+
+    def first_columns(self, columns: Sequence[str]) -> list[str]:
+        """Of these, what a fresh page compares."""
+        chosen = [name for name in self.chosen if name in columns] or list(columns)[:3]
+        return chosen[:MOST_COLUMNS]
+
+    def source(self, text: str) -> str | Path:
+        """What a person typed: a Hub id, or a path, which has to lie in one of the folders.
+
+        Raises AdapterError for one that does not.
+        """
+        text = text.strip()
+        if not self.backend.confined:
+            return text
+        if not text:
+            raise AdapterError("No adapter is named.", remedy="Give a folder, a Hub id, or files.")
+        if not Path(text).exists() and hub_repository(text) is not None:
+            return text
+        path = Path(os.path.realpath(os.path.expanduser(text)))
+        if not any(path.is_relative_to(os.path.realpath(folder)) for folder in self.folders):
+            allowed = ", ".join(repr(str(folder)) for folder in self.folders) or "none"
+            raise AdapterError(
+                f"{text!r} is in no folder that this page may read (these: {allowed}).",
+                remedy="Start `dora-serve app` with --folder, or upload the files.",
+            )
+        return path
+
+
+def name_for(source: str | Path) -> str:
+    """A name for an adapter that got none: the last part of where it comes from."""
+    last = re.split(r"[/:]", str(source).split("@")[0].rstrip("/"))[-1]
+    return re.sub(r"[^\w.-]+", "-", last).strip("-") or "adapter"
