@@ -23,6 +23,7 @@ def add_adapters_tab(shared: Shared, refreshed: list[Any], refresh: Callable[...
     with gr.Row(equal_height=False):
         with gr.Column(min_width=300):
             folder = gr.Textbox(
+                "",
                 label="Folder or Hub id",
                 info="a PEFT adapter: a folder that this page may read, or user/name[@revision][:folder]",
                 elem_id="ds-folder",
@@ -36,7 +37,7 @@ def add_adapters_tab(shared: Shared, refreshed: list[Any], refresh: Callable[...
                 visible=backend.confined,
             )
         with gr.Column(min_width=300):
-            name = gr.Textbox(label="Name", info="empty: the folder's own", elem_id="ds-name")
+            name = gr.Textbox("", label="Name", info="empty: the folder's own", elem_id="ds-name")
             replace = gr.Checkbox(
                 label="Replace the adapter of that name", info="what runs keeps the old one until it ends"
             )
@@ -48,11 +49,12 @@ def add_adapters_tab(shared: Shared, refreshed: list[Any], refresh: Callable[...
     refreshed += [table, chosen]
 
     def add_adapter(
-        where: str, uploaded: list[str] | None, called: str, instead: bool, columns: list[str]
+        where: str | None, uploaded: list[str] | None, called: str | None, instead: bool, columns: list[str]
     ) -> list[Any]:
         """Add an adapter from a folder, a Hub id or files, and say how it went."""
         try:
             paths = [Path(path) for path in uploaded or []]
+            where, called = where or "", called or ""
             if paths and where.strip():
                 raise DoraServeError("Both a folder and files are given.", remedy="Take one of them away.")
             source = unpack(paths, shared.uploads) if paths else shared.source(where)

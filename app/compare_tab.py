@@ -16,9 +16,9 @@ from app.votes import to_csv, to_json
 from dora_serve.errors import DoraServeError
 
 EXAMPLES = (
-    "Leap day of 2024, in the evening",
-    "What is the capital of France?",
-    "The meeting is on 3 May 1999 at noon",
+    "To JSON (what, date, time): The chess match is at 1pm on 2 October 2025.",
+    "To JSON (what, date, time): Dec 26 2025, 5:45 pm: budget review",
+    "Explain photosynthesis.",
 )
 CHAT, COMPLETION = "Chat", "Completion"
 VIEWS = (("Plain", "plain"), ("Differences from the base", "differences"), ("Surprise of the base", "surprise"))
@@ -53,6 +53,7 @@ def add_compare_tab(shared: Shared) -> Any:
     backend, desks = shared.backend, shared.desks
     with gr.Row(equal_height=True):
         prompt = gr.Textbox(
+            "",
             label="Prompt",
             placeholder="Ask all columns at once",
             lines=2,
@@ -80,7 +81,7 @@ def add_compare_tab(shared: Shared) -> Any:
     with gr.Accordion("Chat, system prompt and sampling", open=False):
         with gr.Row():
             mode = gr.Radio([CHAT, COMPLETION], value=CHAT, label="Mode", min_width=160)
-            system = gr.Textbox(label="System prompt", placeholder="none", lines=1, scale=3, min_width=220)
+            system = gr.Textbox("", label="System prompt", placeholder="none", lines=1, scale=3, min_width=220)
             clear = gr.Button("New conversation", min_width=140)
         with gr.Row():
             max_tokens = gr.Slider(1, 1024, value=128, step=1, label="Most tokens")
@@ -90,9 +91,9 @@ def add_compare_tab(shared: Shared) -> Any:
             penalty = gr.Slider(1, 2, value=1, step=0.01, label="Repetition penalty")
             seed = gr.Number(value=0, precision=0, minimum=0, label="Seed, the same for all")
     said = gr.HTML("", elem_id="ds-compare-said")
-    hint = gr.HTML("")
+    hint = gr.HTML("", elem_id="ds-compare-hint")
     slots = []
-    with gr.Row(elem_id="ds-slots"):
+    with gr.Row(elem_id="ds-slots", equal_height=True):
         for place in range(MOST_COLUMNS):
             with gr.Column(
                 visible=place < 3, min_width=270, elem_classes="ds-slot", elem_id=f"ds-slot-{place}"
@@ -147,12 +148,12 @@ def add_compare_tab(shared: Shared) -> Any:
         return updates
 
     def ask(
-        text: str,
-        names: list[str],
+        text: str | None,
+        names: list[str] | None,
         how: render.View,
         hide: bool,
         chat: str,
-        system_text: str,
+        system_text: str | None,
         most: int,
         heat: float,
         p: float,
@@ -162,10 +163,11 @@ def add_compare_tab(shared: Shared) -> Any:
         request: gr.Request,
     ) -> Iterator[dict[Any, Any]]:
         desk = desks.of(request.session_hash)
-        wanted = Settings(chat == CHAT, system_text, int(most), heat, p, int(k), repeat, int(start or 0))
+        text = text or ""
+        wanted = Settings(chat == CHAT, system_text or "", int(most), heat, p, int(k), repeat, int(start or 0))
         try:
             rows = backend.adapters()
-            looks = desk.ask(backend, text, names, wanted, blind=hide)
+            looks = desk.ask(backend, text, names or [], wanted, blind=hide)
             before: dict[Any, str] = {}
             yield {**opened(desk), **drawn(desk, how, rows, before), said: "", prompt: "" if wanted.chat else text}
             for _ in looks:

@@ -22,6 +22,7 @@ MOST_CHARACTERS = 200_000
 
 MOST_DESKS = 1000
 LETTERS = "ABCDEF"
+"""Of the columns, while their names are hidden."""
 
 
 @dataclass(frozen=True)
@@ -93,10 +94,11 @@ class Desk:
         self.stop()
         turns = self._turns_so_far() if settings.chat and self.settings.chat else ()
         order = shuffled(columns) if blind else tuple(columns)
+        requests = tuple(settings.request(column, prompt, turns) for column in order)
         self.columns, self.prompt, self.settings, self.turns = order, prompt, settings, turns
         self.blind, self.hidden, self.voted, self.again = blind, blind, False, 0
         self.scores.clear()
-        self.requests = tuple(settings.request(column, prompt, turns) for column in order)
+        self.requests = requests
         self.answers = tuple(Answer(request.adapter) for request in self.requests)
         return self._follow(backend, tuple(range(len(order))))
 
