@@ -43,7 +43,7 @@ def add_adapters_tab(shared: Shared, refreshed: list[Any], refresh: Callable[...
             )
             add = gr.Button("Add", variant="primary", elem_id="ds-add")
         with gr.Column(min_width=300):
-            chosen = gr.Dropdown([], label="Loaded adapter", elem_id="ds-chosen")
+            chosen = gr.Dropdown([], label="Loaded adapter", allow_custom_value=True, elem_id="ds-chosen")
             remove = gr.Button("Remove", elem_id="ds-remove")
             update = gr.Button("Refresh the table", size="sm")
     refreshed += [table, chosen]
@@ -79,5 +79,5 @@ def add_adapters_tab(shared: Shared, refreshed: list[Any], refresh: Callable[...
         add_adapter, [folder, files, name, replace, columns], [said, *refreshed, name, files], api_name="add_adapter"
     )
     remove.click(remove_adapter, [chosen, columns], [said, *refreshed], api_name="remove_adapter")
-    update.click(refresh, [columns], refreshed, api_visibility="undocumented")
+    update.click(refresh, [columns], refreshed, api_visibility="private")
     return table

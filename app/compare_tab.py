@@ -72,6 +72,7 @@ def add_compare_tab(shared: Shared) -> Any:
             label="Columns, in this order (1 to 6)",
             multiselect=True,
             max_choices=MOST_COLUMNS,
+            allow_custom_value=True,  # programs have not been told the choices
             scale=4,
             min_width=280,
             elem_id="ds-columns",
@@ -204,14 +205,14 @@ def add_compare_tab(shared: Shared) -> Any:
         return ask_again
 
     def stop_at(place: int | None) -> Any:
-        def stop(request: gr.Request) -> None:
+        def stop_columns(request: gr.Request) -> None:
             desk = desks.of(request.session_hash)
             if place is None:
                 desk.stop()
             else:
                 desk.cancel(place)
 
-        return stop
+        return stop_columns
 
     def new_conversation(request: gr.Request) -> dict[Any, Any]:
         desk = desks.of(request.session_hash)
@@ -245,8 +246,8 @@ def add_compare_tab(shared: Shared) -> Any:
         "trigger_mode": "multiple",
     }
     run.click(**asking, api_name="compare")
-    prompt.submit(**asking, api_visibility="undocumented")
-    quiet: dict[str, Any] = {"api_visibility": "undocumented", "show_progress": "hidden"}
+    prompt.submit(**asking, api_visibility="private")
+    quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
     view.change(look, [view], [*shown, said, hint], **quiet)
     stop_all.click(stop_at(None), None, None, queue=False, **quiet)
     clear.click(new_conversation, None, [*shown, *votes, said], **quiet)

@@ -28,6 +28,7 @@ def add_inspect_tab(shared: Shared) -> Any:
             label="Adapters, one or several",
             multiselect=True,
             max_choices=MOST_ADAPTERS,
+            allow_custom_value=True,
             scale=5,
             elem_id="ds-inspected",
         )

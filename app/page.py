@@ -61,7 +61,7 @@ def build_page(shared: Shared) -> Any:
 
         with adapters:
             add_adapters_tab(shared, refreshed, refresh)
-        page.load(refresh, [refreshed[0]], refreshed, api_visibility="undocumented", show_progress="hidden")
+        page.load(refresh, [refreshed[0]], refreshed, api_visibility="private", show_progress="hidden")
 
         def leave(request: gr.Request) -> None:
             shared.desks.leave(request.session_hash)

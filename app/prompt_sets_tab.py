@@ -26,7 +26,9 @@ def add_prompt_sets_tab(shared: Shared) -> Any:
             elem_id="ds-set-file",
         )
         with gr.Column(scale=2, min_width=280):
-            columns = gr.Dropdown([], label="Columns", multiselect=True, max_choices=MOST_COLUMNS)
+            columns = gr.Dropdown(
+                [], label="Columns", multiselect=True, max_choices=MOST_COLUMNS, allow_custom_value=True
+            )
             most = gr.Slider(1, 512, value=64, step=1, label="Most tokens")
         with gr.Column(scale=1, min_width=150):
             chat = gr.Checkbox(True, label="As chat")
@@ -88,7 +90,7 @@ def add_prompt_sets_tab(shared: Shared) -> Any:
         concurrency_id="generate",
         show_progress="hidden",
     )
-    stop.click(stop_set, None, None, queue=False, api_visibility="undocumented")
+    stop.click(stop_set, None, None, queue=False, api_visibility="private")
     return columns
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,7 +43,7 @@ def launched(backend: Backend, root: Path, *, folders: tuple[Path, ...] | None =
     try:
         _, url, _ = page.launch(
             server_name="127.0.0.1",
-            server_port=0,
+            server_port=free_port(),
             prevent_thread_lock=True,
             quiet=True,
             ssr_mode=False,
@@ -52,6 +53,12 @@ def launched(backend: Backend, root: Path, *, folders: tuple[Path, ...] | None =
         yield url
     finally:
         page.close(verbose=False)
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
 
 
 def client(url: str) -> Any:
