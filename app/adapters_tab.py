@@ -18,7 +18,7 @@ def add_adapters_tab(shared: Shared, refreshed: list[Any], refresh: Callable[...
     import gradio as gr
 
     backend = shared.backend
-    table = gr.Dataframe(headers=list(render.TABLE_HEADER), interactive=False, wrap=True, elem_id="ds-table")
+    table = gr.HTML("", elem_id="ds-table")
     said = gr.HTML("", elem_id="ds-adapters-said")
     with gr.Row(equal_height=False):
         with gr.Column(min_width=300):
@@ -29,10 +29,10 @@ def add_adapters_tab(shared: Shared, refreshed: list[Any], refresh: Callable[...
                 elem_id="ds-folder",
             )
             files = gr.File(
-                label="or upload: the .safetensors with its adapter_config.json, or a .zip of both",
+                label="or files: .safetensors and adapter_config.json, or a .zip",
                 file_count="multiple",
                 file_types=[".safetensors", ".json", ".zip"],
-                height=130,
+                height=160,
                 elem_id="ds-files",
                 visible=backend.confined,
             )

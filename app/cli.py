@@ -46,7 +46,7 @@ def prepare(options: argparse.Namespace, progress: OnProgress) -> Shared:
     folders = [Path(path).absolute().parent for _, path in given if Path(path).exists()]
     folders = [*dict.fromkeys([*(folder.absolute() for folder in options.folder), *folders])]
     uploads = cache / "uploads"
-    chosen = ("base", *(name for name, _ in options.adapter)) if options.adapter else EXAMPLE_COLUMNS
+    chosen = ("base", *(name for name, _ in options.adapter[:3])) if options.adapter else EXAMPLE_COLUMNS
     return Shared(backend, uploads, tuple(folders), chosen)
 
 

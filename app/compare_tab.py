@@ -16,7 +16,7 @@ from app.votes import to_csv, to_json
 from dora_serve.errors import DoraServeError
 
 EXAMPLES = (
-    "To JSON (what, date, time): The chess match is at 1pm on 2 October 2025.",
+    "To JSON (what, date, time): concert on 06/12/2024 at 10:46 am",
     "To JSON (what, date, time): Dec 26 2025, 5:45 pm: budget review",
     "Explain photosynthesis.",
 )
@@ -78,7 +78,6 @@ def add_compare_tab(shared: Shared) -> Any:
             elem_id="ds-columns",
         )
         view = gr.Radio(list(VIEWS), value="plain", label="Show", scale=4, min_width=280, elem_id="ds-view")
-        blind = gr.Checkbox(label="Blind", info="hide the names until the vote", scale=1, min_width=150)
     with gr.Accordion("Chat, system prompt and sampling", open=False):
         with gr.Row():
             mode = gr.Radio([CHAT, COMPLETION], value=CHAT, label="Mode", min_width=160)
@@ -119,6 +118,9 @@ def add_compare_tab(shared: Shared) -> Any:
             ]
             tie = gr.Button("Tie", size="sm", min_width=70, elem_id="ds-vote-tie")
             bad = gr.Button("All bad", size="sm", min_width=70, elem_id="ds-vote-bad")
+            blind = gr.Checkbox(
+                label="Blind: shuffle the columns and hide their names until the vote", elem_id="ds-blind"
+            )
         with gr.Column(scale=2, min_width=280):
             tally = gr.HTML(render.scoreboard(()), elem_id="ds-tally")
             with gr.Row():

@@ -36,9 +36,9 @@ def add_inspect_tab(shared: Shared) -> Any:
     said = gr.HTML("", elem_id="ds-inspect-said")
     picture = gr.HTML("", elem_id="ds-picture")
     with gr.Accordion("Numbers", open=False):
-        numbers = gr.Dataframe(headers=list(HEADER), interactive=False)
+        numbers = gr.HTML("")
 
-    def inspect(names: list[str], progress: gr.Progress = gr.Progress()) -> tuple[str, str, list[list[str]]]:  # noqa: B008
+    def inspect(names: list[str], progress: gr.Progress = gr.Progress()) -> tuple[str, str, str]:  # noqa: B008
         """Read the base's adapted weights and compare, then draw."""
         try:
             if not names:
@@ -52,9 +52,9 @@ def add_inspect_tab(shared: Shared) -> Any:
                 found[name] = shared.backend.decompose(name, show)
             svg = plot_svg(found)
         except DoraServeError as error:
-            return render.message(str(error)), "", []
+            return render.message(str(error)), "", ""
         rows = [row for name, decomposition in found.items() for row in _rows(name, decomposition)]
-        return "", f'<div class="ds-picture">{svg}</div>', rows
+        return "", f'<div class="ds-picture">{svg}</div>', render.table(HEADER, rows)
 
     draw.click(inspect, [chosen], [said, picture, numbers], api_name="inspect")
     return chosen

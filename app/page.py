@@ -78,7 +78,12 @@ def look() -> dict[str, Any]:
     import gradio as gr
 
     # Gradio's own semi-bold files lack letters, so what is bold takes the bold ones.
-    fonts = [gr.themes.LocalFont("IBM Plex Sans", weights=(400, 700)), "ui-sans-serif", "system-ui", "sans-serif"]
+    fonts: list[Any] = [
+        gr.themes.LocalFont("IBM Plex Sans", weights=(400, 700)),
+        "ui-sans-serif",
+        "system-ui",
+        "sans-serif",
+    ]
     theme = gr.themes.Base(
         primary_hue="teal", neutral_hue="slate", radius_size="lg", spacing_size="sm", text_size="md", font=fonts
     ).set(button_primary_background_fill="*primary_600", button_primary_text_color="white")

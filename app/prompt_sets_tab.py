@@ -12,16 +12,21 @@ from app.run import Run
 from app.shared import Shared
 from dora_serve.errors import DoraServeError
 
+ABOUT = """<div class="ds-hint">Every prompt of a file in every column, the likeliest token each time. A .txt has one
+prompt a line; a .jsonl or .csv has <code>prompt</code> and, where it is known, the right <code>answer</code>: then the
+share of exact matches is shown.</div>"""
+
 
 def add_prompt_sets_tab(shared: Shared) -> Any:
     """Put the tab into the page; returns the component with the choice of columns."""
     import gradio as gr
 
+    gr.HTML(ABOUT)
     with gr.Row(equal_height=False):
         file = gr.File(
-            label=".txt (one a line), .jsonl or .csv with `prompt`, and `answer` where it is known",
+            label="Prompts: .txt, .jsonl or .csv",
             file_types=[".txt", ".jsonl", ".csv"],
-            height=130,
+            height=160,
             scale=2,
             elem_id="ds-set-file",
         )
@@ -36,7 +41,7 @@ def add_prompt_sets_tab(shared: Shared) -> Any:
             stop = gr.Button("Stop", size="sm")
     said = gr.HTML("", elem_id="ds-set-said")
     scores = gr.HTML("", elem_id="ds-set-scores")
-    table = gr.Dataframe(headers=["prompt", "answer"], interactive=False, wrap=True, elem_id="ds-set-table")
+    table = gr.HTML("", elem_id="ds-set-table")
     download = gr.DownloadButton("Table as CSV", size="sm", interactive=False)
     running: dict[str, Run] = {}
 
@@ -73,7 +78,7 @@ def add_prompt_sets_tab(shared: Shared) -> Any:
         yield {
             said: render.message(f"{len(items)} prompts in {len(names)} columns.", good=True),
             scores: f'<div class="ds-tally">{judged}</div>' if judged else "",
-            table: gr.Dataframe(value=rows, headers=["prompt", "answer", *names]),
+            table: render.table(["prompt", "answer", *names], rows),
             download: gr.DownloadButton(value=str(out), interactive=True),
         }
 

@@ -65,26 +65,15 @@ def message(text: str, *, good: bool = False) -> str:
     )
 
 
-TABLE_HEADER = (
-    "name",
-    "method",
-    "rank",
-    "modules",
-    "in memory",
-    "tier",
-    "loaded in",
-    "changes the output",
-    "in use",
-    "from",
-)
-
-
-def adapter_table(adapters: Sequence[AdapterRow]) -> list[list[str]]:
-    """The rows of the table, under TABLE_HEADER; a dash for what the backend does not tell."""
-    return [
-        [
+def adapter_table(adapters: Sequence[AdapterRow]) -> str:
+    """All that is loaded; a dash for what the backend does not tell."""
+    if not adapters:
+        return '<div class="ds-quiet">No adapter is loaded.</div>'
+    rows = [
+        (
             row.name,
-            " ".join(filter(None, (row.method, f"({row.format})" if row.format else None))) or "–",
+            row.method or "–",
+            row.format or "–",
             _or_dash(row.rank),
             _or_dash(row.modules),
             format_bytes(row.nbytes) if row.nbytes is not None else "–",
@@ -93,9 +82,21 @@ def adapter_table(adapters: Sequence[AdapterRow]) -> list[list[str]]:
             {True: "yes", False: "NO", None: "–"}[row.changes_output],
             _or_dash(row.in_use),
             row.source,
-        ]
+        )
         for row in adapters
     ]
+    return table(_TABLE_HEADER, rows)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table that scrolls by itself where the page is too narrow for it."""
+    head = "".join(f"<th>{escape(name)}</th>" for name in header)
+    body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
+    whole = f'<table class="ds-table"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+    return f'<div class="ds-scroll">{whole}</div>'
+
+
+_TABLE_HEADER = "name,method,format,rank,modules,in memory,tier,loaded in,changes the output,in use,from".split(",")
 
 
 def _text(desk: Desk, place: int, view: View) -> str:
