@@ -8,7 +8,10 @@ BASE := .cache/smollm2-135m
 bin := $(VENV)/bin
 stamp := $(VENV)/.complete
 
-.PHONY: venv demo test check fix bench clean
+# What the browser test drives comes from no package index: Debian's, where it is missing and we may install it.
+CHROMIUM = command -v chromium || command -v chromium-browser || command -v google-chrome
+
+.PHONY: venv demo test browser check fix bench clean
 
 venv: $(stamp)
 
@@ -29,8 +32,13 @@ demo: $(stamp) $(BASE)/config.json
 	$(bin)/dora-export merge examples/adapters/dates-dora --base $(BASE) --to onnx -o .cache/demo-onnx --overwrite
 
 # The base is made first, so that no two of the processes do; and each has one thread, since they share the cores.
-test: $(stamp) $(BASE)/config.json
+test: $(stamp) $(BASE)/config.json browser
 	OMP_NUM_THREADS=1 $(bin)/python -m pytest $(PYTEST)
+
+browser:
+	@{ $(CHROMIUM); } >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium >/dev/null; } || \
+		{ echo 'The browser test needs Chromium: apt-get install chromium' >&2; exit 1; }
 
 check: $(stamp)
 	$(bin)/ruff check

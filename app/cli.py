@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import socket
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,8 @@ def run(options: argparse.Namespace) -> int:
     from dora_serve.terminal import TerminalProgress
 
     require_gradio()
+    if options.port is not None:
+        _require_free(options.host, options.port)
     with TerminalProgress() as progress:
         shared = prepare(options, progress)
     serve(shared, options)
@@ -68,13 +71,19 @@ def serve(shared: Shared, options: argparse.Namespace) -> None:
             enable_monitoring=False,
             **look(),
         )
-    except OSError as error:
-        raise UnavailableError(
-            f"The page cannot be served at {options.host}:{options.port or 'any port'}: {error}",
-            remedy="Choose another --port.",
-        ) from error
     finally:
-        page.close()
+        page.close(verbose=False)
+
+
+def _require_free(host: str, port: int) -> None:
+    """Raise UnavailableError where nothing can listen at this address."""
+    try:
+        with socket.create_server((host, port)):
+            pass
+    except (OSError, OverflowError) as error:
+        raise UnavailableError(
+            f"The page cannot be served at {host}:{port}: {error}.", remedy="Choose another --port."
+        ) from error
 
 
 def require_gradio() -> None:

@@ -118,10 +118,12 @@ def add_compare_tab(shared: Shared) -> Any:
             ]
             tie = gr.Button("Tie", size="sm", min_width=70, elem_id="ds-vote-tie")
             bad = gr.Button("All bad", size="sm", min_width=70, elem_id="ds-vote-bad")
-            blind = gr.Checkbox(
-                label="Blind: shuffle the columns and hide their names until the vote", elem_id="ds-blind"
-            )
         with gr.Column(scale=2, min_width=280):
+            blind = gr.Checkbox(
+                label="Blind: shuffle the columns and hide their names until the vote",
+                container=False,
+                elem_id="ds-blind",
+            )
             tally = gr.HTML(render.scoreboard(()), elem_id="ds-tally")
             with gr.Row():
                 as_csv = gr.DownloadButton("Votes as CSV", size="sm", interactive=False)

@@ -71,6 +71,12 @@ def _ask(page: Any, prompt: str) -> list[list[str]]:
     raise AssertionError(looks)
 
 
+def _screenshot(page: Any, name: str, folder: Path) -> None:
+    """For the eye. Those of the documents: SCREENSHOTS=docs/images make test PYTEST=tests/test_app_browser.py"""
+    page.wait_for_timeout(500)
+    page.screenshot(path=Path(os.environ.get("SCREENSHOTS", folder)) / f"{name}.png")
+
+
 def test_one_click_streams_three_columns_and_a_vote_is_counted(url: str, tmp_path: Path) -> None:
     with opened(url) as page:
         assert [token.inner_text().strip() for token in page.query_selector_all("#ds-columns .token")] == DEFAULT
@@ -94,7 +100,7 @@ def test_one_click_streams_three_columns_and_a_vote_is_counted(url: str, tmp_pat
         page.click("text=Surprise of the base")
         page.wait_for_selector("#ds-slot-2 .ds-token")
         assert page.inner_text("#ds-slot-2 .ds-answer") == looks[-1][2]
-        page.screenshot(path=tmp_path / "compare.png")
+        _screenshot(page, "compare", tmp_path)
 
         page.click("#ds-vote-2")
         page.wait_for_selector("#ds-tally .ds-count")
@@ -181,8 +187,8 @@ def test_the_analysis_is_drawn(url: str, tmp_path: Path) -> None:
         page.click("button[role=tab]:has-text('Inspect')")
         page.click("#ds-analyse")
         page.wait_for_selector("#ds-picture .ds-picture svg")
-        assert "correlation" in page.inner_text("#ds-picture")
-        page.screenshot(path=tmp_path / "inspect.png")
+        assert "correlation" in page.text_content("#ds-picture")
+        _screenshot(page, "inspect", tmp_path)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -170,7 +170,7 @@ def _python(source: str) -> subprocess.CompletedProcess[str]:
 
 
 COMMANDS = [("exporters.cli", command) for command in ("", "merge", "verify", "inspect", "demo-base")]
-COMMANDS += [("dora_serve.cli", command) for command in ("", "generate")]
+COMMANDS += [("dora_serve.cli", command) for command in ("", "generate", "app")]
 
 
 @pytest.mark.parametrize(("module", "command"), COMMANDS)
