@@ -40,12 +40,13 @@ def save_plot(decompositions: Mapping[str, Decomposition], path: Path) -> None:
     """
     require_drawing(path)
     suffix = path.suffix.lower()
-    figure = _figure(decompositions, ink="#222222")
+    picture = io.BytesIO()
+    _draw(decompositions, "#222222", picture, format=suffix[1:], dpi=150, facecolor="white")
     try:
         with tempfile.NamedTemporaryFile(dir=path.absolute().parent, suffix=suffix, delete=False) as file:
             part = Path(file.name)
             try:
-                figure.savefig(file, format=suffix[1:], dpi=150, facecolor="white")
+                file.write(picture.getvalue())
             except BaseException:
                 part.unlink()
                 raise
@@ -62,7 +63,7 @@ def save_plot(decompositions: Mapping[str, Decomposition], path: Path) -> None:
 def plot_svg(decompositions: Mapping[str, Decomposition]) -> str:
     """The picture as an <svg> for a page, whose text and axes have the page's own colour, light or dark."""
     text = io.StringIO()
-    _figure(decompositions, ink=_INK).savefig(text, format="svg", facecolor="none", transparent=True)
+    _draw(decompositions, _INK, text, format="svg", transparent=True, metadata={"Date": None})
     svg = text.getvalue()
     svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
     svg = re.sub(r' width="[^"]*"', ' width="100%"', svg, count=1)
@@ -81,7 +82,7 @@ def _matplotlib() -> tuple[Any, Any]:
     return rc_context, Figure
 
 
-def _figure(decompositions: Mapping[str, Decomposition], ink: str) -> Any:
+def _draw(decompositions: Mapping[str, Decomposition], ink: str, target: Any, **saving: Any) -> None:
     rc_context, figure_class = _matplotlib()
     colours = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), ink)
     style = {
@@ -94,6 +95,8 @@ def _figure(decompositions: Mapping[str, Decomposition], ink: str) -> Any:
         "axes.titlesize": 10,
         "axes.titlelocation": "left",
     }
+    # A dollar sign would begin a formula.
+    decompositions = {name.replace("$", r"\$"): found for name, found in decompositions.items()}
     rows = len(decompositions)
     with rc_context(style):
         figure = figure_class(figsize=(11, 4.2 + 2.1 * (rows - 1)), layout="constrained")
@@ -108,7 +111,7 @@ def _figure(decompositions: Mapping[str, Decomposition], ink: str) -> Any:
             _heat_map(
                 figure, grid[2 * number + 1], found, f"{label}ΔM / m, the relative change of magnitude", "relative"
             )
-    return figure
+        figure.savefig(target, **saving)
 
 
 def _scatter(axes: Any, decompositions: Mapping[str, Decomposition], ink: str) -> None:

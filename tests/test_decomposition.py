@@ -14,6 +14,7 @@ import transformers
 from peft import PeftModel
 
 from dora_serve.decomposition import ModuleChange, decompose, trend
+from dora_serve.decomposition_plot import plot_svg
 from dora_serve.errors import CheckpointError
 from exporters.cli import main
 from tests.cases import LINEARS, SIZES, adapt, build, llama, plan, quiet, rewrite_tensors, save
@@ -174,6 +175,16 @@ def test_inspect_draws_and_says_the_numbers(folders: Path, capsys: pytest.Captur
     assert "correlation" in capsys.readouterr().out
     assert main([*given, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["decomposition"] is None
+
+
+def test_the_picture_for_a_page_has_its_colours_and_no_markup_of_others(folders: Path) -> None:
+    found = decompose(plan(folders / "base", folders / "adapter"))
+    svg = plot_svg({"<b>one</b>": found, "a$b^$": found})
+    assert svg.startswith("<svg")
+    assert "currentColor" in svg
+    assert "&lt;b&gt;one&lt;/b&gt; (DoRA): correlation" in svg
+    assert "a$b^$ (DoRA)" in svg
+    assert "<b>" not in svg
 
 
 @pytest.mark.parametrize("suffix", ["svg", "pdf"])
