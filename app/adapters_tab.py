@@ -52,6 +52,7 @@ def add_adapters_tab(shared: Shared, refreshed: list[Any], refresh: Callable[...
         where: str | None, uploaded: list[str] | None, called: str | None, instead: bool, columns: list[str]
     ) -> list[Any]:
         """Add an adapter from a folder, a Hub id or files, and say how it went."""
+        source: str | Path | None = None
         try:
             paths = [Path(path) for path in uploaded or []]
             where, called = where or "", called or ""
@@ -59,9 +60,14 @@ def add_adapters_tab(shared: Shared, refreshed: list[Any], refresh: Callable[...
                 raise DoraServeError("Both a folder and files are given.", remedy="Take one of them away.")
             source = unpack(paths, shared.uploads) if paths else shared.source(where)
             given = called.strip() or name_for(paths[0].stem if paths else source)
+            before = shared.loaded_from(given)
             report = backend.load(given, source, replace=instead)
         except DoraServeError as error:
+            if source is not None:
+                shared.discard(source)
             return [render.message(f"Not added. {error}"), *refresh(columns), gr.skip(), gr.skip()]
+        if before is not None and before != str(source):
+            shared.discard(before)
         return [render.message(report, good=True), *refresh(columns), "", None]
 
     def remove_adapter(called: str | None, columns: list[str]) -> list[Any]:
@@ -69,7 +75,9 @@ def add_adapters_tab(shared: Shared, refreshed: list[Any], refresh: Callable[...
         try:
             if not called:
                 raise DoraServeError("No adapter is chosen.", remedy="Choose one of those that are loaded.")
+            before = shared.loaded_from(called)
             backend.unload(called)
+            shared.discard(before or "")
         except DoraServeError as error:
             return [render.message(f"Not removed. {error}"), *refresh(columns)]
         return [render.message(f"Removed {called}.", good=True), *refresh(columns)]

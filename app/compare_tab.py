@@ -3,13 +3,12 @@
 Annotations are not postponed in the tabs: Gradio reads the types of handlers, and is imported where it is used.
 """
 
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from app import render
+from app.backend import AdapterRow
 from app.desk import LETTERS, MOST_COLUMNS, Desk, Settings
 from app.shared import Shared
 from app.votes import to_csv, to_json
@@ -133,6 +132,13 @@ def add_compare_tab(shared: Shared) -> Any:
     shown = [slot.column for slot in slots] + [slot.answer for slot in slots]
     outputs = [*shown, *votes, said, prompt]
 
+    def known() -> tuple[AdapterRow, ...]:
+        """The adapters, none where a server is away: the columns themselves say so."""
+        try:
+            return backend.adapters()
+        except DoraServeError:
+            return ()
+
     def drawn(desk: Desk, how: render.View, rows: Any, before: dict[Any, str]) -> dict[Any, Any]:
         """Updates for the columns that look otherwise than `before`, which is brought up to date."""
         updates: dict[Any, Any] = {}
@@ -171,7 +177,7 @@ def add_compare_tab(shared: Shared) -> Any:
         text = text or ""
         wanted = Settings(chat == CHAT, system_text or "", int(most), heat, p, int(k), repeat, int(start or 0))
         try:
-            rows = backend.adapters()
+            rows = known()
             looks = desk.ask(backend, text, names or [], wanted, blind=hide)
             before: dict[Any, str] = {}
             yield {**opened(desk), **drawn(desk, how, rows, before), said: "", prompt: "" if wanted.chat else text}
@@ -189,7 +195,7 @@ def add_compare_tab(shared: Shared) -> Any:
                 desk.score(backend)
             except DoraServeError as error:
                 trouble = render.message(str(error))
-        return {**drawn(desk, how, backend.adapters(), {}), said: trouble}
+        return {**drawn(desk, how, known(), {}), said: trouble}
 
     def look(how: render.View, request: gr.Request) -> dict[Any, Any]:
         return {**judged(desks.of(request.session_hash), how), hint: HINTS[how]}
@@ -199,7 +205,7 @@ def add_compare_tab(shared: Shared) -> Any:
             desk = desks.of(request.session_hash)
             try:
                 before: dict[Any, str] = {}
-                rows = backend.adapters()
+                rows = known()
                 for _ in desk.ask_again(backend, place):
                     yield drawn(desk, how, rows, before) or {said: ""}
                 yield judged(desk, how)
@@ -232,10 +238,10 @@ def add_compare_tab(shared: Shared) -> Any:
                 return {said: render.message(str(error))}
             return {
                 **opened(desk),
-                **drawn(desk, how, backend.adapters(), {}),
+                **drawn(desk, how, known(), {}),
                 tally: render.scoreboard(desk.votes),
-                as_csv: gr.DownloadButton(value=_written("votes.csv", to_csv(desk.votes)), interactive=True),
-                as_json: gr.DownloadButton(value=_written("votes.json", to_json(desk.votes)), interactive=True),
+                as_csv: gr.DownloadButton(value=desk.written("votes.csv", to_csv(desk.votes)), interactive=True),
+                as_json: gr.DownloadButton(value=desk.written("votes.json", to_json(desk.votes)), interactive=True),
                 said: "",
             }
 
@@ -263,10 +269,3 @@ def add_compare_tab(shared: Shared) -> Any:
     for button, kind in ((tie, False), (bad, True)):
         button.click(vote_for(None, all_bad=kind), [view], [*shown, *votes, tally, as_csv, as_json, said], **quiet)
     return columns
-
-
-def _written(name: str, text: str) -> str:
-    """A file with `text` for a download; Gradio takes a copy of its own."""
-    path = Path(tempfile.mkdtemp(prefix="dora-serve-")) / name
-    path.write_text(text, encoding="utf-8")
-    return str(path)

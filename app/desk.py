@@ -7,6 +7,8 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from app.backend import BASE, Backend, TokenScore
@@ -82,6 +84,7 @@ class Desk:
     voted: bool = False
     runs: list[tuple[Run, tuple[int, ...]]] = field(default_factory=list)
     again: int = 0
+    files: TemporaryDirectory[str] | None = None
 
     def ask(
         self, backend: Backend, prompt: str, columns: Sequence[str], settings: Settings, *, blind: bool = False
@@ -161,6 +164,13 @@ class Desk:
         for column, request, answer in zip(self.columns, self.requests, self.answers, strict=True):
             if column not in self.scores and answer.finish not in (None, "error") and answer.text:
                 self.scores[column] = backend.score(request, answer.text, answer.token_ids)
+
+    def written(self, name: str, text: str) -> str:
+        """The path of a file with `text`, for a download; it goes when the desk does."""
+        self.files = self.files or TemporaryDirectory(prefix="dora-serve-", ignore_cleanup_errors=True)
+        path = Path(self.files.name) / name
+        path.write_text(text, encoding="utf-8")
+        return str(path)
 
     def name(self, place: int) -> str:
         """What a column is called, as long as it is hidden by a letter."""

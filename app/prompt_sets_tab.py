@@ -1,6 +1,5 @@
 """The Prompt sets tab: every prompt of a file in every column, a table, and a score where the file has the answers."""
 
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -73,13 +72,12 @@ def add_prompt_sets_tab(shared: Shared) -> Any:
         ]
         found = {name: exact_matches(items, texts[name]) for name in names}
         judged = "".join(_score(name, *pair) for name, pair in found.items() if pair[1])
-        out = Path(tempfile.mkdtemp(prefix="dora-serve-")) / "answers.csv"
-        out.write_text(table_csv(items, texts), encoding="utf-8")
+        out = shared.desks.of(session).written("answers.csv", table_csv(items, texts))
         yield {
             said: render.message(f"{len(items)} prompts in {len(names)} columns.", good=True),
             scores: f'<div class="ds-tally">{judged}</div>' if judged else "",
             table: render.table(["prompt", "answer", *names], rows),
-            download: gr.DownloadButton(value=str(out), interactive=True),
+            download: gr.DownloadButton(value=out, interactive=True),
         }
 
     def stop_set(request: gr.Request) -> None:

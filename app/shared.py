@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,6 +57,16 @@ class Shared:
                 remedy="Start `dora-serve app` with --folder, or upload the files.",
             )
         return path
+
+    def discard(self, source: str | Path) -> None:
+        """Remove an uploaded adapter's folder; what lies elsewhere is not ours."""
+        folder = Path(source)
+        if folder.parent == self.uploads:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def loaded_from(self, name: str) -> str | None:
+        """Where the adapter of that name came from, None where there is none."""
+        return next((row.source for row in self.backend.adapters() if row.name == name), None)
 
 
 def name_for(source: str | Path) -> str:

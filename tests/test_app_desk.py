@@ -116,7 +116,7 @@ def test_leaving_ends_what_runs_and_lets_go_of_the_adapters(backend: EngineBacke
     looks.close()  # type: ignore[attr-defined]
     for thread in [thread for thread in threading.enumerate() if thread.name == "run"]:
         thread.join(30)
-    assert not backend.engine.pool.is_in_use()
+    assert not any(row.in_use for row in backend.adapters())
 
 
 def test_a_new_prompt_takes_the_place_of_the_one_that_runs(backend: EngineBackend) -> None:
