@@ -76,6 +76,10 @@ class Backend(Protocol):
         """The tokens of an answer to `request`, with what the base thinks of each. token_ids: where they are known."""
         ...
 
+    def paths(self, name: str) -> tuple[str, str]:
+        """Where a loaded adapter and the base lie on this machine (or a Hub id, for the base)."""
+        ...
+
     def decompose(self, name: str, on_progress: OnProgress) -> Decomposition:
         """The weight decomposition analysis of a loaded adapter."""
         ...

@@ -166,11 +166,15 @@ class Desk:
                 self.scores[column] = backend.score(request, answer.text, answer.token_ids)
 
     def written(self, name: str, text: str) -> str:
-        """The path of a file with `text`, for a download; it goes when the desk does."""
-        self.files = self.files or TemporaryDirectory(prefix="dora-serve-", ignore_cleanup_errors=True)
-        path = Path(self.files.name) / name
+        """The path of a file with `text`, for a download."""
+        path = self.path(name)
         path.write_text(text, encoding="utf-8")
         return str(path)
+
+    def path(self, name: str) -> Path:
+        """Where a file for a download may be written; it goes when the desk does."""
+        self.files = self.files or TemporaryDirectory(prefix="dora-serve-", ignore_cleanup_errors=True)
+        return Path(self.files.name) / name
 
     def name(self, place: int) -> str:
         """What a column is called, as long as it is hidden by a letter."""

@@ -69,9 +69,13 @@ class EngineBackend:
         pieces[-1] += grown.close()
         return tuple(TokenScore(piece, value) for piece, value in zip(pieces, found.logprobs, strict=True))
 
-    def decompose(self, name: str, on_progress: OnProgress) -> Decomposition:
+    def paths(self, name: str) -> tuple[str, str]:
         entry = next((entry for entry in self.engine.pool.list() if entry.name == name), None)
         if entry is None:
             raise EngineError(f"There is no adapter {name!r}.", remedy="Choose one of those that are loaded.")
-        base = open_checkpoint(locate(self._base, what="base").path)
-        return decompose(plan_merge(base, read_adapter(entry.path)), on_progress)
+        return str(entry.path), self._base
+
+    def decompose(self, name: str, on_progress: OnProgress) -> Decomposition:
+        adapter, base = self.paths(name)
+        checkpoint = open_checkpoint(locate(base, what="base").path)
+        return decompose(plan_merge(checkpoint, read_adapter(Path(adapter))), on_progress)

@@ -9,6 +9,7 @@ from app import render
 from app.adapters_tab import add_adapters_tab
 from app.compare_tab import add_compare_tab
 from app.desk import Settings, require_askable
+from app.export_tab import add_export_tab
 from app.inspect_tab import add_inspect_tab
 from app.prompt_sets_tab import add_prompt_sets_tab
 from app.run import Run
@@ -40,9 +41,11 @@ def build_page(shared: Shared) -> Any:
                 refreshed.append(add_inspect_tab(shared))
             with gr.Tab("Prompt sets"):
                 refreshed.append(add_prompt_sets_tab(shared))
+            with gr.Tab("Export"):
+                refreshed.append(add_export_tab(shared))
 
         def refresh(chosen: list[str]) -> list[Any]:
-            """What shows the adapters, in the order of `refreshed`: the three choices, the table, the one to remove."""
+            """What shows the adapters, in the order of `refreshed`."""
             try:
                 rows = backend.adapters()
             except DoraServeError:  # a server that is away: the tab that asks it says so
@@ -55,6 +58,7 @@ def build_page(shared: Shared) -> Any:
                 gr.Dropdown(choices=columns, value=kept),
                 gr.Dropdown(choices=names, value=inspected[:2]),
                 gr.Dropdown(choices=columns, value=kept),
+                gr.Dropdown(choices=names, value=names[0] if names else None),
                 render.adapter_table(rows),
                 gr.Dropdown(choices=names, value=names[0] if names else None),
             ]

@@ -102,6 +102,12 @@ class ServerBackend:
             remedy="Use `dora-export inspect ADAPTER --base BASE --plot out.png` where they lie.",
         )
 
+    def paths(self, name: str) -> tuple[str, str]:
+        raise UnavailableError(
+            "The weights of a server's adapters are not on this machine.",
+            remedy="Use `dora-export merge ADAPTER --base BASE` where they lie.",
+        )
+
     def events(self, index: int, request: Request, cancelled: threading.Event) -> Iterator[Event]:
         """The answer to one request, as the engine's events; its tokens have no ids."""
         import httpx

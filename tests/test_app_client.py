@@ -12,15 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import transformers
 from gradio_client import handle_file
 from gradio_client.exceptions import AppError
+from peft import PeftModel
+from safetensors.torch import load
 
 from app.backend import BASE
 from app.desk import Settings
 from app.engine_backend import EngineBackend
 from dora_serve.engine import Engine
 from tests.app_cases import PROMPT, client, launched, make_folders
-from tests.cases import rewrite_tensors
+from tests.cases import quiet, rewrite_tensors
 
 NAMES = [BASE, "lora", "dora"]
 
@@ -228,6 +232,35 @@ def test_the_analysis_is_drawn_and_tabulated(url: str) -> None:
     assert "<td>lora</td><td>q_proj</td><td>2</td>" in numbers
     assert "No adapter is chosen" in one.predict([], api_name="/inspect")[0]
     assert "There is no adapter" in one.predict(["gone"], api_name="/inspect")[0]
+
+
+def test_an_adapter_is_merged_verified_and_handed_over(url: str, folders: Path) -> None:
+    one = client(url)
+    said, report, download = one.predict("dora", "safetensors", api_name="/export")
+    assert "Exported to" in said
+    assert "Verified: the merged model is the unmerged one" in report
+    with zipfile.ZipFile(download["value"]) as archive:
+        names = {name.partition("/")[2] for name in archive.namelist()}
+        weights = load(archive.read("dora-safetensors/model.safetensors"))
+    assert {"config.json", "dora_export.json", "model.safetensors"} <= names
+    merged = _merged_by_peft(folders / "base", folders / "adapters" / "dora")
+    assert weights.keys() == merged.keys()
+    for key, value in weights.items():
+        # PEFT merges in float32, and so is off by some of its spacings.
+        assert torch.allclose(value, merged[key], rtol=1e-5, atol=1e-6), key
+    assert "There is no adapter" in _exported(one, "gone")
+    assert "No adapter is chosen" in _exported(one, None)
+
+
+def _exported(one: Any, name: str | None) -> str:
+    return str(one.predict(name, "safetensors", api_name="/export")[0])
+
+
+def _merged_by_peft(base: Path, adapter: Path) -> dict[str, torch.Tensor]:
+    with quiet():
+        start = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        merged: Any = PeftModel.from_pretrained(start, str(adapter))
+        return dict(merged.merge_and_unload().state_dict())
 
 
 def test_a_prompt_set_is_run_in_all_columns_and_scored(url: str, engine: Engine, tmp_path: Path) -> None:

@@ -33,7 +33,6 @@ NEVER = (
     ("dora_serve.reference", "dora_serve.merge", "the verifier's forward is independent of the code that merged"),
     ("dora_serve.verify", "dora_serve.ops", "what merged cannot also be the judge"),
     ("dora_serve.verify", "dora_serve.merge", "what merged cannot also be the judge"),
-    ("app", "exporters", "the app stands on the engine"),
 )
 
 ONLY_WHERE_USED = {"accelerate", "bitsandbytes", "gguf", "gradio", "huggingface_hub", "httpx2", "onnx", "onnxruntime"}
@@ -130,6 +129,17 @@ def test_what_must_stay_apart_does(importer: str, imported: str, why: str) -> No
         if _within(name, imported)
     ]
     assert not wrong, why
+
+
+def test_of_the_app_the_export_tab_alone_reaches_the_exporters() -> None:
+    wrong = [
+        module
+        for module, names in GRAPH.items()
+        if _within(module, "app")
+        for name in names
+        if _within(name, "exporters")
+    ]
+    assert set(wrong) == {"app.export_tab"}
 
 
 def test_heavy_libraries_are_imported_inside_functions() -> None:
