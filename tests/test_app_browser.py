@@ -197,11 +197,36 @@ def test_the_analysis_is_drawn(url: str, tmp_path: Path) -> None:
         _screenshot(page, "compare", tmp_path)
 
 
+def test_an_adapter_is_merged_and_its_proof_is_shown(url: str) -> None:
+    with opened(url) as page:
+        page.click("button[role=tab]:has-text('Export')")
+        page.click("#ds-merge")
+        page.wait_for_selector("#ds-report >> text=Verified: the merged model is the unmerged one", timeout=240_000)
+        assert "272 exact" in page.inner_text("#ds-report")
+        with page.expect_download() as download:
+            page.click("#ds-export-download")
+        with zipfile.ZipFile(download.value.path()) as archive:
+            assert "dates-dora-safetensors/model.safetensors" in archive.namelist()
+
+
+MARKS = {
+    "Compare": "#ds-run",
+    "Adapters": "#ds-add",
+    "Inspect": "#ds-analyse",
+    "Prompt sets": "#ds-set-run",
+    "Export": "#ds-merge",
+}
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 390])
 def test_nothing_is_cut_off(url: str, width: int, scheme: str) -> None:
     with opened(url, width, 844, scheme) as page:
-        for tab in ("Compare", "Adapters", "Inspect", "Prompt sets"):
+        for tab in MARKS:
             if page.query_selector(f"button[role=tab]:visible:has-text('{tab}')"):
                 page.click(f"button[role=tab]:visible:has-text('{tab}')")
+            else:  # what does not fit beside the others
+                page.click(".overflow-menu > button")
+                page.click(f".overflow-dropdown button:has-text('{tab}')")
+            page.wait_for_selector(f"{MARKS[tab]}:visible")
             assert page.evaluate("document.documentElement.scrollWidth") <= width
