@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import socket
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,7 @@ EXAMPLE_COLUMNS = ("base", "dates-lora", "dates-dora")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Serve the page as the command line says; returns when it is interrupted."""
+    """Serve the page as the command line says, until KeyboardInterrupt."""
     from dora_serve.terminal import TerminalProgress
 
     require_gradio()
@@ -54,13 +55,13 @@ def prepare(options: argparse.Namespace, progress: OnProgress) -> Shared:
 
 
 def serve(shared: Shared, options: argparse.Namespace) -> None:
-    """Launch, and stay until it is interrupted."""
+    """Launch, say where, and stay until it is interrupted (KeyboardInterrupt)."""
     from app.page import build_page, look
 
     auth = options.auth
     page = build_page(shared)
     try:
-        page.launch(
+        _, local, shared_at = page.launch(
             server_name=options.host,
             server_port=options.port,
             share=options.share,
@@ -69,8 +70,13 @@ def serve(shared: Shared, options: argparse.Namespace) -> None:
             ssr_mode=False,
             show_error=True,
             enable_monitoring=False,
+            quiet=True,
+            prevent_thread_lock=True,  # Gradio's own wait would swallow Ctrl-C
             **look(),
         )
+        for address in filter(None, (local, shared_at)):
+            print(f"{shared.backend.label} is served at {address} (Ctrl-C ends it)", flush=True)
+        threading.Event().wait()
     finally:
         page.close(verbose=False)
 

@@ -68,7 +68,7 @@ class Turn:
 @dataclass
 class Desk:
     """columns: in the order in which they are shown. turns: those before the prompt. hidden: a blind run that nobody
-    has voted on yet. runs: those under way, and the places of their columns.
+    has voted on yet. runs: those under way, and the places of their columns; several may write at a time.
     """
 
     columns: tuple[str, ...] = ()
@@ -85,6 +85,7 @@ class Desk:
     runs: list[tuple[Run, tuple[int, ...]]] = field(default_factory=list)
     again: int = 0
     files: TemporaryDirectory[str] | None = None
+    writing: threading.Lock = field(default_factory=threading.Lock)
 
     def ask(
         self, backend: Backend, prompt: str, columns: Sequence[str], settings: Settings, *, blind: bool = False
@@ -98,11 +99,12 @@ class Desk:
         turns = self._turns_so_far() if settings.chat and self.settings.chat else ()
         order = shuffled(columns) if blind else tuple(columns)
         requests = tuple(settings.request(column, prompt, turns) for column in order)
-        self.columns, self.prompt, self.settings, self.turns = order, prompt, settings, turns
-        self.blind, self.hidden, self.voted, self.again = blind, blind, False, 0
-        self.scores.clear()
-        self.requests = requests
-        self.answers = tuple(Answer(request.adapter) for request in self.requests)
+        with self.writing:
+            self.columns, self.prompt, self.settings, self.turns = order, prompt, settings, turns
+            self.blind, self.hidden, self.voted, self.again = blind, blind, False, 0
+            self.scores.clear()
+            self.requests = requests
+            self.answers = tuple(Answer(request.adapter) for request in self.requests)
         return self._follow(backend, tuple(range(len(order))))
 
     def ask_again(self, backend: Backend, place: int) -> Iterator[None]:
@@ -114,9 +116,10 @@ class Desk:
         request = self.requests[place]
         sampling = replace(request.sampling, seed=self.settings.seed + self.again)
         fresh = replace(request, sampling=sampling)
-        self.requests = _with(self.requests, place, fresh)
-        self.answers = _with(self.answers, place, Answer(fresh.adapter))
-        self.scores.pop(self.columns[place], None)
+        with self.writing:
+            self.requests = _with(self.requests, place, fresh)
+            self.answers = _with(self.answers, place, Answer(fresh.adapter))
+            self.scores.pop(self.columns[place], None)
         return self._follow(backend, (place,))
 
     def cancel(self, place: int) -> None:
@@ -133,9 +136,10 @@ class Desk:
     def clear(self) -> None:
         """Begin anew; the votes stay."""
         self.stop()
-        self.columns, self.prompt, self.turns, self.requests, self.answers = (), "", (), (), ()
-        self.scores.clear()
-        self.hidden = self.voted = False
+        with self.writing:
+            self.columns, self.prompt, self.turns, self.requests, self.answers = (), "", (), (), ()
+            self.scores.clear()
+            self.hidden = self.voted = False
 
     def vote(self, place: int | None, *, all_bad: bool = False) -> Vote:
         """Say which column is best, None for a tie or all bad; one vote for each prompt, the last one counts."""
@@ -187,10 +191,11 @@ class Desk:
         looks = run.looks()
         try:
             for answers in looks:
-                for place, request, answer in zip(places, requests, answers, strict=True):
-                    # Another run may have taken the column meanwhile.
-                    if place < len(self.requests) and self.requests[place] is request:
-                        self.answers = _with(self.answers, place, answer)
+                with self.writing:
+                    for place, request, answer in zip(places, requests, answers, strict=True):
+                        # Another run may have taken the column meanwhile.
+                        if place < len(self.requests) and self.requests[place] is request:
+                            self.answers = _with(self.answers, place, answer)
                 yield
         finally:
             looks.close()  # type: ignore[attr-defined]

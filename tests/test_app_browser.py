@@ -47,8 +47,10 @@ def url(tmp_path_factory: pytest.TempPathFactory, smollm2: Path) -> Iterator[str
         assert "Traceback" not in (cache / "log").read_text()
     finally:
         process.terminate()
-        process.wait(30)
+        code = process.wait(30)
         log.close()
+    assert code == 130
+    assert f"smollm2-135m is served at {address}" in (cache / "log").read_text()
 
 
 def _ask(page: Any, prompt: str) -> list[list[str]]:
