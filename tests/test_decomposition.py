@@ -95,7 +95,6 @@ def test_an_adapter_that_changes_nothing_does_not_move(tmp_path: Path) -> None:
     )
     found = decompose(plan(base, tmp_path / "adapter"))
     assert [(c.delta_magnitude, c.delta_direction) for c in found.modules] == [(0, pytest.approx(0, abs=1e-15))] * 2
-    assert found.trend.correlation is None or found.trend.modules == 2
 
 
 def test_a_magnitude_alone_turns_nothing_and_a_negative_one_turns_round(tmp_path: Path) -> None:
