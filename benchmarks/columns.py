@@ -2,8 +2,8 @@
 
     python benchmarks/columns.py BASE [--tokens 64] [--rounds 7] [--dtype D] [--dry]
 
-BASE is what `dora-export demo-base` makes; the adapters are the examples'. Both go through the engine as the page does, in
-turns; medians of the ratio within a round. dtype: of the base, by default its own, as in `dora-serve app`.
+BASE is what `dora-export demo-base` makes; the adapters are the examples'. Both go through the engine as the page does,
+in turns; medians of the ratio within a round. dtype: of the base, by default its own, as in `dora-serve app`.
 """
 
 from __future__ import annotations
@@ -44,10 +44,7 @@ def main() -> int:
     def seconds(adapters: tuple[str | None, ...]) -> float:
         began = time.perf_counter()
         engine.complete(
-            [
-                Request(messages=messages, adapter=name, max_tokens=options.tokens, ignore_eos=True)
-                for name in adapters
-            ]
+            [Request(messages=messages, adapter=name, max_tokens=options.tokens, ignore_eos=True) for name in adapters]
         )
         return time.perf_counter() - began
 

@@ -114,6 +114,7 @@ def measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         "engine_load_dora": _engine_load(engine, doras),
         "peft_load_dora": _peft_load(theirs[doras[0].name], doras),
         "engine_load_lora": _engine_load(engine, loras),
+        "engine_load_dora_again": _engine_load_again(engine, doras),
         "peft_load_lora": _peft_load(theirs[loras[0].name], loras),
         "engine_first_token_same": _first_token(engine, [doras[0].name]),
         "engine_first_token_switching": _first_token(engine, [path.name for path in doras]),
@@ -192,6 +193,25 @@ def _engine_load(engine: Any, paths: Sequence[Path]) -> Callable[[], float]:
     return run
 
 
+def _engine_load_again(engine: Any, paths: Sequence[Path]) -> Callable[[], float]:
+    """Seconds until a DoRA that left memory is back from the disk: a pool of one takes the adapters in turns."""
+    from dora_serve.engine import AdapterPool, Limits
+
+    one, none = Limits(count=1), Limits(count=0)
+    pool = AdapterPool(engine.base, engine.device, device_limits=one, host_limits=none)
+    for path in paths[:2]:
+        pool.load(path.name, path)
+    counter = iter(range(1 << 30))
+
+    def run() -> float:
+        name = paths[next(counter) % 2].name
+        began = time.perf_counter()
+        with pool.lease(name):
+            return time.perf_counter() - began
+
+    return run
+
+
 def _peft_load(model: Any, paths: Sequence[Path]) -> Callable[[], float]:
     counter = iter(range(1 << 30))
 
@@ -243,6 +263,7 @@ def _summary(result: Mapping[str, Any]) -> dict[str, float]:
         "one_lora_to_base_speed": ratio("engine_base_1", "engine_lora_1"),
         "load_dora_speed_to_peft": ratio("peft_load_dora", "engine_load_dora"),
         "load_lora_speed_to_peft": ratio("peft_load_lora", "engine_load_lora"),
+        "load_dora_again_speed_to_peft": ratio("peft_load_dora", "engine_load_dora_again"),
         **{f"{name}_seconds": median(name) for name in result["seconds"] if "load" in name},
         "switching_to_staying": ratio("engine_first_token_switching", "engine_first_token_same"),
         "dora_extra_share_of_base": result["dora_extra_bytes"] / result["base_bytes"],
@@ -323,7 +344,9 @@ def table(result: Mapping[str, Any]) -> str:
         f"{1000 * s['engine_load_dora_seconds']:.0f} ms for a DoRA and {1000 * s['engine_load_lora_seconds']:.0f} ms "
         f"for a LoRA; PEFT's `load_adapter` takes {1000 * s['peft_load_dora_seconds']:.0f} ms "
         f"({s['load_dora_speed_to_peft']:.1f}x) and {1000 * s['peft_load_lora_seconds']:.0f} ms "
-        f"({s['load_lora_speed_to_peft']:.1f}x). Requests that each take another loaded adapter need "
+        f"({s['load_lora_speed_to_peft']:.1f}x). A DoRA that the pool knows and has moved out to the disk is back in "
+        f"{1000 * s['engine_load_dora_again_seconds']:.0f} ms ({s['load_dora_again_speed_to_peft']:.1f}x). "
+        "Requests that each take another loaded adapter need "
         f"{s['switching_to_staying']:.3f} times as long to their first token as requests that keep one. A DoRA takes "
         f"{result['dora_extra_bytes'] / 1e3:.0f} kB more than a LoRA, {100 * s['dora_extra_share_of_base']:.2f} % of "
         "the base.",

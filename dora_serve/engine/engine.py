@@ -76,8 +76,9 @@ class Engine:
         self.vocabulary = int(model.get_input_embeddings().weight.shape[0])
         require_same_alone(model, lambda tokens, cache: self.forward(None, tokens, cache), self.vocabulary, self.device)
         self.end_tokens = _end_tokens(model, tokenizer)
+        self.base = Base(label, names, self._layers, self._squared_norm)
         self.pool = AdapterPool(
-            Base(label, names, self._layers, self._squared_norm),
+            self.base,
             self.device,
             max_rank=max_rank,
             device_limits=device_limits,
