@@ -14,7 +14,16 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from dora_serve import __version__
-from dora_serve.console import EXIT_FAILED, CommandParser, device_argument, name_argument, path_argument, run_command
+from dora_serve.console import (
+    EXIT_FAILED,
+    CommandParser,
+    add_reading,
+    device_argument,
+    name_argument,
+    path_argument,
+    read_options,
+    run_command,
+)
 
 if TYPE_CHECKING:
     from dora_serve.engine import Completion, LoadReport, Request
@@ -65,10 +74,7 @@ def build_parser() -> CommandParser:
         "--device", type=device_argument, default="auto", help="auto, cpu, cuda, cuda:N (%(default)s)"
     )
     generate.add_argument("--max-rank", type=int, default=256, metavar="R", help="refuse larger adapters (%(default)s)")
-    generate.add_argument("--allow-pickle", action="store_true", help="read a .bin adapter, as weights only")
-    generate.add_argument(
-        "--ignore-config", action="append", default=[], metavar="KEY", help="a key known not to change the weights"
-    )
+    add_reading(generate)
     generate.add_argument("--json", action="store_true", help="print one JSON object a line: a column each")
     generate.set_defaults(run=_generate)
     _add_app(commands)
@@ -136,7 +142,6 @@ def _generate(options: argparse.Namespace, parser: CommandParser) -> int:
 
     from dora_serve.engine import Engine, complete
     from dora_serve.errors import EngineError
-    from dora_serve.formats import ReadOptions
     from dora_serve.terminal import TerminalProgress
 
     if not options.prompt:
@@ -146,7 +151,7 @@ def _generate(options: argparse.Namespace, parser: CommandParser) -> int:
         requests[0].require_sound()
     except EngineError as error:
         parser.error(f"generate: {error.message}")
-    read = ReadOptions(options.allow_pickle, frozenset(options.ignore_config))
+    read = read_options(options)
     with ExitStack() as stack:
         progress = stack.enter_context(TerminalProgress())
         engine = Engine.load(

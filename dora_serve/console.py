@@ -17,9 +17,12 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from dora_serve.errors import DoraServeError
+
+if TYPE_CHECKING:
+    from dora_serve.formats import ReadOptions
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -137,6 +140,20 @@ def print_error(program: str, error: DoraServeError, *, as_json: bool, indent: i
         print(json.dumps({"error": shown, "report": error.facts.get("report")}, indent=indent, default=str))
         return
     print(f"{program}: {error}", file=sys.stderr)
+
+
+def add_reading(parser: argparse.ArgumentParser) -> None:
+    """What a user may allow a reader of adapters; `read_options` takes it up."""
+    parser.add_argument("--allow-pickle", action="store_true", help="read a .bin adapter, as weights only")
+    parser.add_argument(
+        "--ignore-config", action="append", default=[], metavar="KEY", help="a key known not to change the weights"
+    )
+
+
+def read_options(options: argparse.Namespace) -> ReadOptions:
+    from dora_serve.formats import ReadOptions
+
+    return ReadOptions(options.allow_pickle, frozenset(options.ignore_config))
 
 
 def device_argument(text: str) -> str:

@@ -14,7 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from dora_serve import __version__
-from dora_serve.console import EXIT_FAILED, CommandParser, device_argument, name_argument, path_argument, run_command
+from dora_serve.console import (
+    EXIT_FAILED,
+    CommandParser,
+    add_reading,
+    device_argument,
+    name_argument,
+    path_argument,
+    read_options,
+    run_command,
+)
 
 EXPORTER_NAMES = ("safetensors", "onnx")
 DTYPE_NAMES = ("float32", "bfloat16", "float16", "float64")
@@ -90,10 +99,7 @@ def _add_verification(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_reading(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--allow-pickle", action="store_true", help="read a .bin adapter, as weights only")
-    parser.add_argument(
-        "--ignore-config", action="append", default=[], metavar="KEY", help="a key known not to change the weights"
-    )
+    add_reading(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -121,12 +127,6 @@ def _progress(stack: ExitStack) -> Any:
     return stack.enter_context(TerminalProgress())
 
 
-def _read_options(options: argparse.Namespace) -> Any:
-    from dora_serve.formats import ReadOptions
-
-    return ReadOptions(options.allow_pickle, frozenset(options.ignore_config))
-
-
 def _merge(options: argparse.Namespace) -> int:
     from exporters.pipeline import ExportRequest, plan_export, run_export
     from exporters.report import export_text, plan_text
@@ -143,7 +143,7 @@ def _merge(options: argparse.Namespace) -> int:
         keep_failed=options.keep_failed,
         reference=options.reference,
         prompts=options.prompts,
-        read=_read_options(options),
+        read=read_options(options),
         command=options.given,
     )
     with ExitStack() as stack:
@@ -172,7 +172,7 @@ def _verify(options: argparse.Namespace) -> int:
     require_merged_folder(options.merged, adapter=options.adapter, base=options.base)
     with ExitStack() as stack:
         progress = _progress(stack)
-        sources = open_sources(options.adapter, options.base, _read_options(options), progress)
+        sources = open_sources(options.adapter, options.base, read_options(options), progress)
         device = None if options.device == "auto" else options.device
         forward = ForwardOptions(options.reference, options.prompts, device)
         report = verify_folder(options.merged, sources, forward, progress)
@@ -191,7 +191,7 @@ def _inspect(options: argparse.Namespace) -> int:
         inspection = inspect(
             options.adapter,
             options.base,
-            _read_options(options),
+            read_options(options),
             _progress(stack),
             with_decomposition=options.decompose or options.plot is not None,
         )

@@ -7,6 +7,7 @@ memory is reserved in steps of STEP places; a forward sees as many of these as t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -30,7 +31,10 @@ class RowCache:
         self.lengths = [0] * rows
         self._filling: int | None = 0
         self._count = 0
-        self._places: Tensor | None = None
+        self.seen = 0
+        """How many places a step sees: the longest row with its new token, rounded up to a multiple of STEP."""
+        self.places = self.step_rows = torch.empty(0, dtype=torch.long)
+        """(count,): where the new tokens of a step go, which is also their position; and the rows that they go to."""
         self.layers = Cache(layer_class_to_replicate=partial(_Layer, self))  # type: ignore[arg-type]
 
     def begin_fill(self, row: int) -> None:
@@ -40,7 +44,9 @@ class RowCache:
     def begin_step(self, count: int, device: torch.device) -> None:
         """The next forward adds a token to each of the first `count` rows."""
         self._filling, self._count = None, count
-        self._places = torch.tensor(self.lengths[:count], device=device)
+        self.places = torch.tensor(self.lengths[:count], device=device)
+        self.step_rows = torch.arange(count, device=device)
+        self.seen = -(-(max(self.lengths[:count], default=0) + 1) // STEP) * STEP
 
     def end(self, tokens: int) -> None:
         """The forward is done, and gave each of its rows so many tokens."""
@@ -60,20 +66,9 @@ class RowCache:
                 layer.values[target, :, :length] = layer.values[source, :, :length]
         self.lengths[target] = length
 
-    @property
-    def seen(self) -> int:
-        """How many places a step sees: the longest row with its new token, rounded up to a multiple of STEP."""
-        return -(-(max(self.lengths[: self._count], default=0) + 1) // STEP) * STEP
-
     def padding_mask(self, device: torch.device) -> Tensor:
         """(count, seen): 1 where a row of a step has a token, the new one included."""
         return (torch.arange(self.seen, device=device) <= self.places[:, None]).long()
-
-    @property
-    def places(self) -> Tensor:
-        """(count,): where the new tokens of a step go, which is also their position."""
-        assert self._places is not None
-        return self._places
 
     @property
     def filling(self) -> int | None:
@@ -105,9 +100,8 @@ class _Layer:
         count, seen = key_states.shape[0], owner.seen
         self.keys = _reserved(self.keys, owner.rows, key_states, seen)
         self.values = _reserved(self.values, owner.rows, value_states, seen)
-        rows = torch.arange(count, device=key_states.device)
-        self.keys[rows, :, owner.places] = key_states[:, :, 0]
-        self.values[rows, :, owner.places] = value_states[:, :, 0]
+        self.keys[owner.step_rows, :, owner.places] = key_states[:, :, 0]
+        self.values[owner.step_rows, :, owner.places] = value_states[:, :, 0]
         return self.keys[:count, :, :seen], self.values[:count, :, :seen]
 
     def get_seq_length(self) -> int:
@@ -150,11 +144,12 @@ def step_mask(cache: RowCache, config: Any, device: torch.device, dtype: torch.d
     return {kind: shaped[kind] for kind in windows.layer_types}
 
 
+@dataclass(frozen=True)
 class Window:
     """size: how many places a token sees, itself included. layer_types: all that the model has; None for one of all."""
 
-    def __init__(self, size: int, layer_types: Sequence[str] | None) -> None:
-        self.size, self.layer_types = size, layer_types
+    size: int
+    layer_types: Sequence[str] | None
 
 
 def sliding_window(config: Any) -> Window | None:

@@ -29,8 +29,8 @@ from dora_serve.engine.loading import load_base
 from dora_serve.engine.pool import AdapterPool, Limits
 from dora_serve.engine.probe import Probe
 from dora_serve.engine.requests import Completion, Request
-from dora_serve.engine.sampling import is_whole, require
 from dora_serve.engine.self_check import require_batchable, require_same_alone
+from dora_serve.engine.sound import is_whole, require
 from dora_serve.errors import EngineError
 from dora_serve.module_names import ModuleNames
 from dora_serve.ops import squared_row_norms

@@ -21,7 +21,8 @@ from dora_serve.engine.cache import RowCache
 from dora_serve.engine.factors import PreparedAdapter
 from dora_serve.engine.pool import AdapterPool
 from dora_serve.engine.requests import Alternative, Completion, Event, FinishReason, Request, Timings
-from dora_serve.engine.sampling import choose, draw, is_whole, new_generator
+from dora_serve.engine.sampling import choose, draw, new_generator
+from dora_serve.engine.sound import is_whole
 from dora_serve.engine.text import TextStream
 from dora_serve.errors import DoraServeError, EngineError
 from dora_serve.progress import OnProgress, Progress, ignore_progress
@@ -151,7 +152,7 @@ class _Decoding:
             return
         for index, request in [pair for pair in self._waiting if pair[0] in cancelled]:
             self._waiting.remove((index, request))
-            yield Event(index, finish_reason="cancelled", timings=self._no_time(time.perf_counter()))
+            yield Event(index, finish_reason="cancelled", timings=self._no_time())
         for row in [row for row in self._rows if row.index in cancelled]:
             yield self._end(row, "cancelled")
 
@@ -172,7 +173,7 @@ class _Decoding:
                     without_room.add(request.adapter)
                     kept.append((index, request))
                     continue
-                yield Event(index, finish_reason="error", error=error, timings=self._no_time(time.perf_counter()))
+                yield Event(index, finish_reason="error", error=error, timings=self._no_time())
                 continue
             yield from self._take(row, logits)
         self._waiting.extendleft(reversed(kept))
@@ -284,8 +285,8 @@ class _Decoding:
         )
         return Event(row.index, row.text.close(), finish_reason=reason, timings=timings, error=error)
 
-    def _no_time(self, now: float) -> Timings:
-        return Timings(now - self._queued, 0.0, 0.0, 0, 0)
+    def _no_time(self) -> Timings:
+        return Timings(time.perf_counter() - self._queued, 0.0, 0.0, 0, 0)
 
 
 def _not_finite(adapter: str | None) -> EngineError:

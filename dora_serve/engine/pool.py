@@ -22,7 +22,7 @@ from torch import Tensor
 
 from dora_serve.adapter import Adapter
 from dora_serve.engine.factors import Base, PreparedAdapter, prepare
-from dora_serve.engine.sampling import is_whole, require
+from dora_serve.engine.sound import is_whole, require
 from dora_serve.errors import AdapterError, EngineError
 from dora_serve.formats import ReadOptions, read_adapter
 from dora_serve.hub import locate

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from dora_serve.engine.sampling import Sampling, is_whole, require
+from dora_serve.engine.sampling import Sampling
+from dora_serve.engine.sound import is_whole, require
 from dora_serve.errors import DoraServeError, EngineError
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]

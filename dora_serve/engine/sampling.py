@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeGuard
 
 import torch
 from torch import Tensor
 
-from dora_serve.errors import EngineError
+from dora_serve.engine.sound import is_number, is_whole, require
 
 
 @dataclass(frozen=True)
@@ -35,21 +34,6 @@ class Sampling:
         require("repetition_penalty", penalty, is_number(penalty) and penalty > 0, "more than 0")
         sound = self.seed is None or (is_whole(self.seed) and 0 <= self.seed < 1 << 63)
         require("seed", self.seed, sound, "a whole number, 0 or more and below 2**63, or none")
-
-
-def require(name: str, value: object, sound: bool, wanted: str) -> None:
-    """Raise EngineError unless a field of a request is sound."""
-    if not sound:
-        raise EngineError(f"{name} is {value!r}, wanted {wanted}.", remedy="Correct the request.", name=name)
-
-
-def is_number(value: object) -> TypeGuard[float]:
-    """Whether it is a finite number; a truth value is none."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
-
-
-def is_whole(value: object) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def new_generator(sampling: Sampling) -> torch.Generator:
