@@ -236,6 +236,8 @@ class AdapterPool:
             entry.users -= 1
             if not entry.users and entry in self._replaced:
                 self._replaced.remove(entry)
+            if not entry.users and entry.tier == "host":  # it did not get to the device after all
+                self._trim_host()
 
     def _on_device(self, entry: _Entry) -> PreparedAdapter:
         with entry.loading:
