@@ -34,7 +34,7 @@ def main() -> int:
     options = parser.parse_args()
     import torch
 
-    from exporters.onnx import export_onnx
+    from exporters.onnx.export import export_onnx
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:

@@ -17,7 +17,7 @@ from dora_serve.progress import OnProgress, Progress
 from dora_serve.verify import VerifyReport
 
 if TYPE_CHECKING:
-    from exporters.onnx_check import OnnxCheck
+    from exporters.onnx.check.report import OnnxCheck
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,8 @@ def _nothing_to_check(plan: MergePlan) -> None:
 
 
 def _check_onnx_architecture(plan: MergePlan) -> None:
-    from exporters.onnx import architecture_of, require
+    from exporters.onnx.architectures import architecture_of
+    from exporters.onnx.loading import require
 
     require("onnx", "onnxscript", "onnxruntime", "transformers")
     if ("architectures",) not in plan.config_changes:
@@ -71,7 +72,7 @@ def export_safetensors(given: ExportInput) -> Exported:
 
 def export_onnx_folder(given: ExportInput) -> Exported:
     """ONNX with a KV cache beside the configuration and tokenizer, compared with torch in ONNX Runtime."""
-    from exporters.onnx import export_onnx
+    from exporters.onnx.export import export_onnx
 
     say = _in_words(given.on_progress)
     exported = export_onnx(given.merged, given.out, metadata=given.metadata, on_progress=say)
@@ -89,7 +90,7 @@ def compare_onnx(
     graph: Path, merged: Path, forward: ForwardReport | None, device: str, on_progress: OnProgress
 ) -> OnnxCheck:
     """A graph against the merged folder and, through what the verification recorded, the unmerged model."""
-    from exporters.onnx_check import check_onnx
+    from exporters.onnx.check.check import check_onnx
 
     prompts, reference = _prompts(forward)
     say = _in_words(on_progress)

@@ -1,0 +1,30 @@
+"""What is traced: a module of tensors in, tensors out, with the names and the axes that may vary."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Traceable:
+    """A module whose forward takes and gives tensors in the order of `inputs` and `outputs`, and how to trace it."""
+
+    module: torch.nn.Module
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    args: tuple[Any, ...]
+    dynamic_shapes: tuple[Any, ...]
+
+
+WRAPPED = "model."  # the attribute that decoder_graph's and plain_graph's modules keep the model in
+
+
+def forward_arguments(model: PreTrainedModel) -> set[str]:
+
+    return set(inspect.signature(model.forward).parameters)

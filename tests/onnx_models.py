@@ -1,0 +1,126 @@
+"""Tiny seeded models that transformers saved, each exported to ONNX once, for the tests of the export."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+from exporters.onnx.check.check import check_onnx
+from exporters.onnx.check.report import OnnxCheck
+from exporters.onnx.export import OnnxExport, export_onnx
+from exporters.onnx.saving import MODEL_FILE
+
+VOCABULARY = 96
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+GROUPED = {**SIZES, "num_key_value_heads": 2}
+# Longer than the sliding windows, and one token alone.
+PROMPTS = [np.random.default_rng(length).integers(3, VOCABULARY, length).tolist() for length in (1, 6, 17)]
+
+MODELS: dict[str, Callable[[], PreTrainedModel]] = {
+    "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**GROUPED, tie_word_embeddings=True)),
+    "gpt2": lambda: transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
+            vocab_size=VOCABULARY, n_embd=32, n_layer=1, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2
+        )
+    ),
+    "qwen2": lambda: transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**{**GROUPED, "num_hidden_layers": 1})),
+    "qwen3": lambda: transformers.Qwen3ForCausalLM(
+        transformers.Qwen3Config(**{**GROUPED, "num_hidden_layers": 1}, head_dim=8)
+    ),
+    "phi3": lambda: transformers.Phi3ForCausalLM(transformers.Phi3Config(**{**GROUPED, "num_hidden_layers": 1})),
+    "mistral": lambda: transformers.MistralForCausalLM(
+        transformers.MistralConfig(**{**GROUPED, "num_hidden_layers": 1}, head_dim=8, sliding_window=4)
+    ),
+    "gemma3": lambda: transformers.Gemma3ForCausalLM(
+        transformers.Gemma3TextConfig(
+            **GROUPED,
+            head_dim=8,
+            query_pre_attn_scalar=8,
+            sliding_window=4,
+            layer_types=["sliding_attention", "full_attention"],
+        )
+    ),
+    "mixtral": lambda: transformers.MixtralForCausalLM(
+        transformers.MixtralConfig(**{**GROUPED, "num_hidden_layers": 1}, num_local_experts=4, num_experts_per_tok=2)
+    ),
+    "qwen3_moe": lambda: transformers.Qwen3MoeForCausalLM(
+        transformers.Qwen3MoeConfig(
+            **{**GROUPED, "num_hidden_layers": 1},
+            head_dim=8,
+            num_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=16,
+        )
+    ),
+    "bert": lambda: transformers.BertModel(transformers.BertConfig(**SIZES)),
+    "bert_classifier": lambda: transformers.BertForSequenceClassification(
+        transformers.BertConfig(**SIZES, num_labels=3)
+    ),
+    "bert_tagger": lambda: transformers.BertForTokenClassification(transformers.BertConfig(**SIZES, num_labels=3)),
+    "bert_answers": lambda: transformers.BertForQuestionAnswering(transformers.BertConfig(**SIZES)),
+    "roberta_masked": lambda: transformers.RobertaForMaskedLM(transformers.RobertaConfig(**SIZES, type_vocab_size=1)),
+    "llama_classifier": lambda: transformers.LlamaForSequenceClassification(
+        transformers.LlamaConfig(**{**GROUPED, "num_hidden_layers": 1}, num_labels=3)
+    ),
+}
+CAUSAL = ("llama", "gpt2", "qwen2", "qwen3", "phi3", "mistral", "gemma3", "mixtral", "qwen3_moe")
+OUTPUTS = {
+    "bert": ("last_hidden_state", "pooler_output"),
+    "bert_classifier": ("logits",),
+    "bert_tagger": ("logits",),
+    "bert_answers": ("start_logits", "end_logits"),
+    "roberta_masked": ("logits",),
+    "llama_classifier": ("logits",),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    model: Path
+    onnx: Path
+    export: OnnxExport
+
+
+def save(model: PreTrainedModel, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
+    """The model as a folder. Weights are drawn wide enough for attention, gates and windows to matter to the logits."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        drawn = torch.randn(parameter.shape, generator=generator)
+        parameter.data.copy_(0.25 * drawn if parameter.ndim > 1 else 1 + 0.1 * drawn)
+    model.to(dtype).eval().save_pretrained(folder)
+    return folder
+
+
+def cases(root: Path) -> Callable[[str], Case]:
+    """Each model of MODELS saved and exported when it is first asked for. Read only."""
+
+    @cache
+    def make(name: str) -> Case:
+        model = save(MODELS[name](), root / name / "model")
+        out = root / name / "onnx"
+        out.mkdir()
+        return Case(model, out, export_onnx(model, out, metadata={"base_model": "tests/base"}))
+
+    return make
+
+
+def check(case: Case, **options: Any) -> OnnxCheck:
+    return check_onnx(case.onnx / MODEL_FILE, case.model, PROMPTS, **options)
