@@ -6,6 +6,7 @@ output row and `s` inside it. Plain LoRA (arXiv 2106.09685) is `W' = V`.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
@@ -68,28 +69,38 @@ def squared_row_norms(weight: Tensor) -> Tensor:
     return squares
 
 
-def factored_row_norms(weight: Tensor, squares: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
-    """`||W + s B A||` of each output row without forming `B A`: (out,) in float64.
+def factored_row_norms(
+    weights: Sequence[Callable[[], Tensor]],
+    squares: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scalings: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`||W + s B A||` of each output row of n layers of one shape, without forming `B A`: (n, out) in float64.
 
-    weight (out, in), squares its `squared_row_norms`, lora_a (r, in), lora_b (out, r):
+    weights: of each layer, what gives its weight (out, in); one at a time is held. squares (n, out): their
+    `squared_row_norms`. lora_a (n, r, in), lora_b (n, out, r), scalings (n,) in float64:
+
     `||w_i + s b_i A||^2 = ||w_i||^2 + s b_i . (2 A w_i + A A^T s b_i)` (arXiv 2603.22276 factors it so).
-    The terms of the adapter are taken in float32 at least; a row whose terms cancel is computed straight from
-    `W + s B A` in float64.
+
+    dtype: in which the terms of the adapter are taken, float32 or float64; a row whose terms cancel is computed
+    straight from `W + s B A` in float64.
     """
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    near_a, near_b = lora_a.to(wide), lora_b.to(wide) * scaling
-    gram = near_a @ near_a.T
-    step = max(1, _BLOCK_ELEMENTS // max(1, weight.shape[1]))
-    columns = near_a.T.contiguous()
-    blocks = [block.to(wide) @ columns for block in (weight.split(step) if len(weight) > step else (weight,))]
-    product = blocks[0] if len(blocks) == 1 else torch.cat(blocks)
-    total = torch.addmm(product, near_b, gram, beta=2).mul_(near_b).sum(dim=1).add(squares)
-    reach = near_b.abs() @ gram.diagonal().sqrt()  # no row of s B A is longer
+    near_a, near_b = lora_a.to(dtype), lora_b.to(dtype) * scalings.to(dtype)[:, None, None]
+    columns, gram, product = near_a.mT.contiguous(), near_a @ near_a.mT, torch.empty_like(near_b)
+    step = max(1, _BLOCK_ELEMENTS // max(1, near_a.shape[2]))
+    for place, load in enumerate(weights):
+        for rows, block in zip(product[place].split(step), load().split(step), strict=True):
+            torch.mm(block.to(dtype), columns[place], out=rows)
+    total = torch.baddbmm(product, near_b, gram, beta=2).mul_(near_b).sum(dim=2).add(squares)
+    reach = (near_b.abs() @ gram.diagonal(dim1=1, dim2=2).sqrt().unsqueeze(2)).squeeze(2)  # no row of s B A is longer
     cancelled = total < _CANCELLED * (squares + reach.square())
-    if cancelled.any():
-        exact_a, exact_b = lora_a.double(), lora_b.double() * scaling
-        for rows in cancelled.nonzero().flatten().split(step):
-            total[rows] = (weight[rows].double() + exact_b[rows] @ exact_a).square_().sum(dim=1)
+    for place in cancelled.any(dim=1).nonzero().flatten().tolist():
+        weight = weights[place]()
+        exact_a, exact_b = lora_a[place].double(), lora_b[place].double() * scalings[place]
+        for rows in cancelled[place].nonzero().flatten().split(step):
+            total[place, rows] = (weight[rows].double() + exact_b[rows] @ exact_a).square_().sum(dim=1)
     return total.sqrt_()
 
 

@@ -205,6 +205,20 @@ def wide_factors(out: int, width: int, rank: int, dtype: torch.dtype, seed: int 
     return weight.to(dtype), lora_a.to(dtype), (lora_b / rank**0.5).to(dtype)
 
 
+def factored(weight: Tensor, squares: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
+    """Of one layer, taken together with another of its shape that must not matter."""
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    norms = factored_row_norms(
+        [lambda: weight * 2, lambda: weight],
+        torch.stack([4 * squares, squares]),
+        torch.stack([-lora_a, lora_a]),
+        torch.stack([lora_b * 2, lora_b]),
+        torch.tensor([3.0, scaling], dtype=torch.float64),
+        dtype,
+    )
+    return norms[1]
+
+
 def direct_norms(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
     return torch.linalg.vector_norm(weight.double() + scaling * lora_b.double() @ lora_a.double(), dim=1)
 
@@ -217,7 +231,7 @@ def test_factored_norms_are_those_of_the_sum(dtype: torch.dtype, scaling: float)
     """
     weight, lora_a, lora_b = wide_factors(64, 96, 5, dtype)
     before = weight.clone()
-    norms = factored_row_norms(weight, squared_row_norms(weight), lora_a, lora_b, scaling)
+    norms = factored(weight, squared_row_norms(weight), lora_a, lora_b, scaling)
     assert torch.equal(weight, before), "the base's weights are not written to"
     wanted = direct_norms(weight, lora_a, lora_b, scaling)
     assert norms.dtype == torch.float64
@@ -238,7 +252,7 @@ def test_factored_norms_of_rows_that_cancel(dtype: torch.dtype) -> None:
     wanted = direct_norms(weight, lora_a, lora_b, 0.5)
     share = wanted / row_norms(weight.double())
     assert float(share[torch.arange(12) != 3].max()) < 2e-2
-    norms = factored_row_norms(weight, squared_row_norms(weight), lora_a, lora_b, 0.5)
+    norms = factored(weight, squared_row_norms(weight), lora_a, lora_b, 0.5)
     torch.testing.assert_close(norms, wanted, rtol=1e-9, atol=0)
 
 
@@ -252,7 +266,7 @@ def test_factored_norms_where_the_adapters_own_terms_cancel() -> None:
     lora_b = torch.tensor([[1000.0, -1000.0]]).repeat(6, 1)
     wanted = direct_norms(weight, lora_a, lora_b, 1.0)
     assert 0.5 < float((wanted / row_norms(weight.double())).mean()) < 3
-    norms = factored_row_norms(weight, squared_row_norms(weight), lora_a, lora_b, 1.0)
+    norms = factored(weight, squared_row_norms(weight), lora_a, lora_b, 1.0)
     torch.testing.assert_close(norms, wanted, rtol=2**-12, atol=0)
 
 
@@ -264,7 +278,7 @@ def test_factored_norms_of_rows_of_zeros() -> None:
     lora_b[1] = 0
     weight[2] = lora_b[2] = 0
     weight[3] = -(lora_b[3] @ lora_a)
-    norms = factored_row_norms(weight, squared_row_norms(weight), lora_a, lora_b, 1.0)
+    norms = factored(weight, squared_row_norms(weight), lora_a, lora_b, 1.0)
     torch.testing.assert_close(norms, direct_norms(weight, lora_a, lora_b, 1.0), rtol=1e-6, atol=0)
     assert norms[2:4].tolist() == [0.0, 0.0]
     assert norms[0] > 0
@@ -276,10 +290,10 @@ def test_factored_norms_do_not_depend_on_the_blocks(monkeypatch: pytest.MonkeyPa
     weight[7] = -(lora_b[7] @ lora_a)
     squares = squared_row_norms(weight)
     torch.testing.assert_close(squares, weight.double().square().sum(dim=1), rtol=1e-15, atol=0)
-    whole = factored_row_norms(weight, squares, lora_a, lora_b, 1.0)
+    whole = factored(weight, squares, lora_a, lora_b, 1.0)
     monkeypatch.setattr("dora_serve.ops._BLOCK_ELEMENTS", 24 * 7)
     assert torch.equal(squared_row_norms(weight), squares)
-    torch.testing.assert_close(factored_row_norms(weight, squares, lora_a, lora_b, 1.0), whole, rtol=1e-6, atol=0)
+    torch.testing.assert_close(factored(weight, squares, lora_a, lora_b, 1.0), whole, rtol=1e-6, atol=0)
 
 
 RANKS = (3, 1, 4)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -91,18 +93,20 @@ def prepare(
     Raises PlanError with everything that does not fit the base, is beyond `max_rank`, or cannot be served unmerged.
     """
     problems = list(_unservable(adapter, base))
-    modules: dict[str, Factors] = {}
+    fitting: dict[str, LoraWeights] = {}
     for weights in adapter.modules:
         found = _find(weights, base, max_rank)
         if isinstance(found, Problem):
             problems.append(found)
-        elif found in modules:
+        elif fitting.setdefault(found, weights) is not weights:
             problems.append(Problem(weights.module, f"the module {found} twice", "one update of each"))
-        elif not problems:
-            modules[found] = _factors(weights, found, base, (norm_scales or {}).get(found))
-    for path, one in modules.items():
-        if one.norm_scale is not None and not torch.isfinite(one.norm_scale.sum()):
-            problems.append(Problem(path, "a row of W + s B A that is zero, which no magnitude can scale", "none"))
+    modules: dict[str, Factors] = {}
+    if not problems:
+        loaded = {path: _load(weights, base.layers[path]) for path, weights in fitting.items()}
+        scales = {**_norm_scales(loaded, base, norm_scales or {}), **(norm_scales or {})}
+        modules = {path: _factors(one, scales.get(path)) for path, one in loaded.items()}
+        zero = "a row of W + s B A that is zero, which no magnitude can scale"
+        problems += [Problem(path, zero, "none") for path, scale in scales.items() if not _is_finite(scale)]
     if problems:
         said = f" It says it was trained on {adapter.base!r}." if adapter.base else ""
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
@@ -143,20 +147,72 @@ def _out_in(layer: nn.Module) -> tuple[int, int]:
     return int(shape[1]), int(shape[0])  # type: ignore[index]
 
 
-def _factors(weights: LoraWeights, name: str, base: Base, known: Tensor | None) -> Factors:
-    layer = base.layers[name]
-    device = next(layer.parameters()).device
+@dataclass(frozen=True)
+class _Loaded:
+    """A module's tensors on the device of its layer: lora_A (r, in), lora_B (out, r), in the file's dtype. dtype: that
+    of the factors to be."""
+
+    weights: LoraWeights
+    lora_A: Tensor
+    lora_B: Tensor
+    dtype: torch.dtype
+
+
+def _load(weights: LoraWeights, layer: nn.Module) -> _Loaded:
+    device = layer.weight.device
     dtype = torch.promote_types(compute_dtype(layer), torch.float32)
-    lora_a, lora_b = weights.lora_A.load().to(device), weights.lora_B.load().to(device)
-    scale = bias = None
-    if known is not None:
-        scale = known.to(device)
-    elif weights.magnitude is not None:
-        norms = factored_row_norms(dense_matrix(layer), base.squared_norms(name), lora_a, lora_b, weights.scaling)
-        scale = norm_scale(weights.magnitude.load().to(norms), norms).to(dtype)
+    return _Loaded(weights, weights.lora_A.load().to(device), weights.lora_B.load().to(device), dtype)  # type: ignore[arg-type]
+
+
+def _norm_scales(loaded: Mapping[str, _Loaded], base: Base, known: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`norm_scale` (out,) of each module with a magnitude that is not known, those of one shape together: of a layer by
+    itself the arithmetic is less than the calls."""
+    alike: dict[tuple[object, ...], list[str]] = {}
+    for path, one in loaded.items():
+        if one.weights.magnitude is not None and path not in known:
+            kinds = (one.dtype, one.lora_A.dtype, one.lora_B.dtype, one.lora_A.device)
+            alike.setdefault((one.lora_A.shape, one.lora_B.shape, *kinds), []).append(path)
+    scales: dict[str, Tensor] = {}
+    for paths in alike.values():
+        size = loaded[paths[0]].lora_A.numel() + loaded[paths[0]].lora_B.numel()
+        step = max(1, _GROUP_ELEMENTS // size)
+        for start in range(0, len(paths), step):
+            scales |= _norm_scales_of_one_shape({path: loaded[path] for path in paths[start : start + step]}, base)
+    return scales
+
+
+_GROUP_ELEMENTS = 1 << 22
+
+
+def _norm_scales_of_one_shape(loaded: Mapping[str, _Loaded], base: Base) -> dict[str, Tensor]:
+    ones = list(loaded.values())
+    norms = factored_row_norms(
+        [partial(dense_matrix, base.layers[path]) for path in loaded],
+        torch.stack([base.squared_norms(path) for path in loaded]),
+        torch.stack([one.lora_A for one in ones]),
+        torch.stack([one.lora_B for one in ones]),
+        torch.tensor([one.weights.scaling for one in ones], dtype=torch.float64, device=ones[0].lora_A.device),
+        ones[0].dtype,
+    )
+    magnitudes = [one.weights.magnitude.load() for one in ones if one.weights.magnitude is not None]
+    scales = norm_scale(torch.stack([magnitude.to(norms) for magnitude in magnitudes]), norms).to(ones[0].dtype)
+    return dict(zip(loaded, scales, strict=True))
+
+
+def _factors(loaded: _Loaded, scale: Tensor | None) -> Factors:
+    weights, lora_a, dtype = loaded.weights, loaded.lora_A, loaded.dtype
+    bias = None
     if weights.lora_bias is not None:
-        bias = (weights.lora_bias.load().to(device, torch.float64) * weights.scaling).to(dtype)
-    return Factors(lora_a.to(dtype).contiguous(), (lora_b.to(dtype).T * weights.scaling).contiguous(), scale, bias)
+        bias = (weights.lora_bias.load().to(lora_a.device, torch.float64) * weights.scaling).to(dtype)
+    scale = None if scale is None else scale.to(lora_a.device)
+    columns = loaded.lora_B.to(dtype).T
+    # Turned and scaled in one pass: every step of a decode reads it in this order.
+    lora_b = torch.mul(columns, weights.scaling, out=columns.new_empty(columns.shape))
+    return Factors(lora_a.to(dtype), lora_b, scale, bias)
+
+
+def _is_finite(scale: Tensor) -> bool:
+    return math.isfinite(float(scale.sum()))
 
 
 def _unservable(adapter: Adapter, base: Base) -> list[Problem]:
