@@ -28,9 +28,20 @@ HINTS = {
     "1 in 3000. Point at a token for its probability.</div>",
 }
 
-_COPY = """() => {{
+# A browser has no navigator.clipboard on a page that came over plain HTTP from another machine.
+_COPY = """async () => {{
   const answer = document.querySelector('#ds-slot-{place} .ds-answer');
-  if (answer) navigator.clipboard?.writeText(answer.innerText);
+  if (!answer) return;
+  try {{
+    await navigator.clipboard.writeText(answer.innerText);
+  }} catch {{
+    const area = document.createElement('textarea');
+    area.value = answer.innerText;
+    document.body.append(area);
+    area.select();
+    document.execCommand('copy');
+    area.remove();
+  }}
 }}"""
 
 

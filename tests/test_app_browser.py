@@ -146,6 +146,31 @@ def test_a_column_is_stopped_and_asked_again(url: str) -> None:
         page.wait_for_selector("#ds-slot-0 [data-finish=cancelled]")
 
 
+def test_a_chat_goes_on_in_each_column_and_an_answer_is_copied(url: str) -> None:
+    """The second answers stand below each column's own first ones; Copy takes the last answer, over HTTPS and HTTP."""
+    with opened(url) as page:
+        first = _ask(page, QUESTION)[-1]
+        second = _ask(page, "To JSON (what, date, time): concert on 06/12/2024 at 10:46 am")[-1]
+        assert [past.inner_text() for past in page.query_selector_all(".ds-past")] == first
+        assert first != second
+        assert [len(page.query_selector_all(f"#ds-slot-{place} .ds-user")) for place in range(3)] == [2, 2, 2]
+
+        page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+        for place, remote in ((2, False), (0, True)):
+            if remote:
+                page.evaluate("Object.defineProperty(navigator, 'clipboard', {value: undefined})")
+            page.click(f"#ds-slot-{place} >> text=Copy")
+            page.wait_for_timeout(300)
+            page.fill("#ds-prompt textarea", "")
+            page.focus("#ds-prompt textarea")
+            page.keyboard.press("Control+V")
+            assert page.input_value("#ds-prompt textarea") == second[place]
+
+        page.click("text=Chat, system prompt and sampling")
+        page.click("text=New conversation")
+        page.wait_for_function("!document.querySelector('.ds-past, .ds-user')")
+
+
 def test_an_adapter_is_uploaded_used_and_removed_without_a_restart(url: str, tmp_path: Path) -> None:
     archive = tmp_path / "mine.zip"
     with zipfile.ZipFile(archive, "w") as packed:
