@@ -10,13 +10,14 @@ function the module computes, whatever way its weight is stored (formats.md 1.2)
     nn.Embedding      (num, dim)           (r, num)              (dim, r)    (dim,)
 
 so that the adapted weight, as an (out, in) matrix, is `V = W + scaling * lora_B @ lora_A` for LoRA and
-`W' = magnitude / ||V|| * V` for DoRA with the norm over each output row (arXiv 2402.09353, section 4).
+`W' = magnitude / ||V|| * V` for DoRA with the norm over each output row (arXiv 2402.09353, section 4). Where a trainer
+means another norm, `Norm` says which.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -24,6 +25,8 @@ import torch
 from torch import Tensor
 
 Kind = Literal["linear", "conv", "embedding"]
+Axis = Literal["out", "in"]
+RowOrder = Literal["base", "torchtune", "torchtune_export"]
 ReplacementRole = Literal["modules_to_save", "bias", "base_layer"]
 
 
@@ -53,12 +56,33 @@ class LazyTensor:
 
 
 @dataclass(frozen=True)
+class Norm:
+    """What a magnitude is set against: `W' = magnitude / (||V|| + eps) * V`.
+
+    axis: "out", a norm for each output, over its inputs (the paper, PEFT and most others); "in", one for each input,
+    over all outputs and the kernel of a convolution (LyCORIS with wd_on_output=False, embeddings of mlx-lm), and then a
+    magnitude is (in,), in being channels; None, no norm: the magnitude is m / ||V|| already (TensorRT-LLM).
+    eps: what is added to the norm (LyCORIS). scales_bias: the bias is multiplied by the same factor (fsdp_qlora).
+    """
+
+    axis: Axis | None = "out"
+    eps: float = 0.0
+    scales_bias: bool = False
+
+
+PAPER_NORM = Norm()
+
+
+@dataclass(frozen=True)
 class LoraWeights:
     """One adapted module.
 
     module: its path in the model that was trained, without the trainer's prefix.
     kind: what its tensors' names or shapes say it is; "linear" covers HF Conv1D, which only the base tells apart.
-    lora_A (r, in), lora_B (out, r), magnitude (out,) or None for plain LoRA, lora_bias (out,) or None.
+    lora_A (r, in), lora_B (out, r), magnitude (out,) or None for plain LoRA, lora_bias (out,) or None. A module of
+    which only the magnitude was trained has rank 0, and its lora_A is (0, 0): only the base knows its inputs.
+    norm: what the magnitude is set against. row_order: whose order the outputs are in, where that is not the base's;
+    `rotary.in_base_order` puts them into it.
     """
 
     module: str
@@ -68,10 +92,21 @@ class LoraWeights:
     scaling: float
     magnitude: LazyTensor | None = None
     lora_bias: LazyTensor | None = None
+    norm: Norm = PAPER_NORM
+    row_order: RowOrder = "base"
 
     @property
     def rank(self) -> int:
         return self.lora_A.shape[0]
+
+    def of_width(self, width: int) -> LoraWeights:
+        """The same with factors for `width` inputs: zeros of rank 1 where only the magnitude was trained."""
+        if self.rank:
+            return self
+        dtype, out = self.lora_A.dtype, self.lora_B.shape[0]
+        lora_a = LazyTensor((1, width), dtype, lambda: torch.zeros(1, width, dtype=dtype))
+        lora_b = LazyTensor((out, 1), dtype, lambda: torch.zeros(out, 1, dtype=dtype))
+        return replace(self, lora_A=lora_a, lora_B=lora_b)
 
 
 @dataclass(frozen=True)
@@ -124,6 +159,8 @@ class Adapter:
 
     format: the reader's name. config: the adapter's own configuration, as it stands on disk.
     base, base_revision: what the adapter says it was trained on. notes: what a user should be told.
+    keeps_ties: whether an update of an embedding reaches what is tied to it (mlx-lm), which with PEFT it does not.
+    magnitudes_are_norms: whether the user has said so; else magnitudes that look like m / ||V|| are asked about.
     """
 
     path: Path
@@ -138,6 +175,8 @@ class Adapter:
     files: tuple[Path, ...] = ()
     config: Mapping[str, object] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    keeps_ties: bool = False
+    magnitudes_are_norms: bool = False
 
     @property
     def method(self) -> str:

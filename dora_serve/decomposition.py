@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -23,7 +23,7 @@ from torch import Tensor
 from dora_serve.ops import delta_weight
 from dora_serve.plan import LoraEdit, MergePlan, TensorPlan
 from dora_serve.progress import OnProgress, Progress, ignore_progress
-from dora_serve.reference_weight import read_elements
+from dora_serve.reference_weight import exact_rows, open_reference, read_elements, row_blocks, source_rows
 from dora_serve.safetensors_file import TensorEntry
 
 BLOCK_ELEMENTS = 1 << 20
@@ -112,6 +112,8 @@ def trend(changes: Sequence[ModuleChange]) -> Trend:
 
 
 def _change(plan: TensorPlan, edit: LoraEdit) -> ModuleChange:
+    if not edit.is_paper:
+        return _change_of_rows(plan, edit)
     region = edit.region
     outputs = region.out_in[0]
     lora_a, lora_b = edit.lora_A.load().double(), edit.lora_B.load().double()
@@ -133,12 +135,32 @@ def _change(plan: TensorPlan, edit: LoraEdit) -> ModuleChange:
         own[where] += (weight * weight).sum(dim=dim)
         new[where] += (direction * direction).sum(dim=dim)
         dot[where] += (weight * direction).sum(dim=dim)
+    return _module_change(edit, own, new, dot, magnitude)
+
+
+def _change_of_rows(plan: TensorPlan, edit: LoraEdit) -> ModuleChange:
+    """The same for any norm, from W' itself."""
+    region = edit.region
+    reference = open_reference(replace(plan, loras=(edit,)), BLOCK_ELEMENTS)
+    own = torch.zeros(region.out_in[0], dtype=torch.float64)
+    new, dot = torch.zeros_like(own), torch.zeros_like(own)
+    for start, stop in row_blocks(reference, BLOCK_ELEMENTS, (region.start, region.stop)):
+        weight, merged = source_rows(reference, start, stop), exact_rows(reference, start, stop)
+        where = slice(None) if region.transposed else slice(start - region.start, stop - region.start)
+        dim = 0 if region.transposed else 1
+        own[where] += (weight * weight).sum(dim=dim)
+        new[where] += (merged * merged).sum(dim=dim)
+        dot[where] += (weight * merged).sum(dim=dim)
+    return _module_change(edit, own, new, dot, None)
+
+
+def _module_change(edit: LoraEdit, own: Tensor, new: Tensor, dot: Tensor, magnitude: Tensor | None) -> ModuleChange:
     delta_magnitude, delta_direction = _from_sums(own, new, dot, magnitude)
     return ModuleChange(
         module=edit.module,
         kind=edit.module.rpartition(".")[2],
         layer=_layer(edit.module),
-        outputs=outputs,
+        outputs=edit.region.out_in[0],
         magnitude=float(own.sqrt().mean()),
         delta_magnitude=float(delta_magnitude.mean()),
         delta_direction=float(delta_direction.mean()),

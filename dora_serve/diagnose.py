@@ -22,6 +22,7 @@ from dora_serve.hypotheses import (
     best_of,
     dora_candidates,
     lora_candidates,
+    other_norm_candidates,
     rounding_candidates,
     scale_candidate,
     scaling_candidates,
@@ -148,6 +149,9 @@ def _diagnose_region(search: Search, suspect: Suspect, reference: Reference, upd
     if suspect.result.non_finite:
         return _non_finite(suspect, module)
     judged = (sample.got, sample.exact, sample.error, sample.dtype)
+    if not update.edit.is_paper:  # what can go wrong with other norms is not known here
+        found = best_of(other_norm_candidates(sample), *judged)
+        return _Diagnosis(found[0].kind, module, found[0].text) if found else _unexplained(suspect, module)
     found = best_of(_candidates(search.plan, sample), *judged) or best_of(axis_candidates(sample), *judged)
     best = found[0] if found else None
     if best is None and not bool(sample.got.any()):
@@ -334,7 +338,7 @@ def _plain_candidates(
 def _bias_scale(plan: MergePlan, bias: TensorPlan) -> Tensor | None:
     """`m / ||V||` of the module that a bias belongs to, where it is DoRA on the whole of one tensor."""
     weight = plan.tensors.get(bias.name.removesuffix("bias") + "weight") if bias.name.endswith("bias") else None
-    if weight is None or len(weight.loras) != 1 or weight.loras[0].magnitude is None:
+    if weight is None or len(weight.loras) != 1 or weight.loras[0].magnitude is None or not weight.loras[0].is_paper:
         return None
     reference = open_reference(weight, SAMPLE_ELEMENTS)
     update = reference.updates[0]

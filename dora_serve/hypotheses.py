@@ -176,7 +176,7 @@ def take_sample(
     transposed = update.edit.region.transposed
     whole = {name: torch.cat(parts).T if transposed else torch.cat(parts) for name, parts in pieces.items()}
     magnitude = update.magnitude
-    if magnitude is not None and not transposed:
+    if magnitude is not None and not transposed and not update.edit.scales_columns:
         magnitude = magnitude[rows]
     return Sample(reference, update, entry, rows, magnitude=magnitude, row_block_elements=row_block_elements, **whole)
 
@@ -281,6 +281,25 @@ def lora_candidates(sample: Sample) -> Iterator[Candidate]:
     if sample.is_square:
         text = "B A was added transposed, or A and B were exchanged"
         yield Candidate("delta-transposed", text, lambda: _with_delta(sample, _transposed_delta(sample)))
+
+
+def other_norm_candidates(sample: Sample) -> Iterator[Candidate]:
+    """Mistakes with a magnitude that is set against another norm than the paper's (`LoraEdit.is_paper`)."""
+    yield Candidate("left-out", "the values are the base's: the adapter was not merged in", lambda: sample.weight)
+    yield Candidate("magnitude-dropped", "the magnitude was dropped: the values are W + s B A", sample.direction)
+    norm, magnitude = sample.update.edit.norm, sample.magnitude
+    if magnitude is None or sample.transposed:
+        return
+    direction = sample.direction()
+    if norm.axis == "in" and sample.is_square:
+        whole = magnitude[sample.rows]
+        text = "the magnitude belongs to the inputs, and was set against the norms of the outputs"
+        yield Candidate("norm-axis", text, lambda: _rowwise(whole / sample.outputs.norms(sample.scaling), direction))
+    if norm.axis is None:
+        text = "the magnitude is m / ||V|| already, and was divided by the norm once more"
+        yield Candidate(
+            "norm-twice", text, lambda: _rowwise(magnitude / sample.outputs.norms(sample.scaling), direction)
+        )
 
 
 def scale_candidate(sample: Sample) -> Iterator[Candidate]:

@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice, pairwise
 from math import prod
 from pathlib import Path
@@ -28,7 +28,7 @@ from dora_serve.adapter import LazyTensor
 from dora_serve.errors import CheckpointError, UnmergeableError
 from dora_serve.ops import RoundingBuffers, add_delta, delta_weight, norm_scale, round_once, row_norms
 from dora_serve.output import require_space
-from dora_serve.plan import LoraEdit, MergePlan, MergeReport, TensorPlan
+from dora_serve.plan import LoraEdit, MergePlan, MergeReport, TensorPlan, VectorScale
 from dora_serve.progress import OnProgress, Progress, ignore_progress
 from dora_serve.safetensors_file import TensorEntry, encode_header, fill
 
@@ -283,7 +283,8 @@ def _write(descriptor: int, view: memoryview, offset: int) -> None:
 
 def _tensor_tasks(job: _Job) -> Iterator[Callable[[], None]]:
     plan = job.plan
-    if len(plan.shape) < 2 or not plan.loras or any(edit.region.transposed for edit in plan.loras):
+    whole = any(edit.region.transposed or edit.scales_columns for edit in plan.loras)
+    if len(plan.shape) < 2 or not plan.loras or whole:
         yield lambda: _merge_tensor(job)
         return
     width = plan.loras[0].region.width
@@ -294,7 +295,7 @@ def _tensor_tasks(job: _Job) -> Iterator[Callable[[], None]]:
 
 
 def _merge_tensor(job: _Job) -> None:
-    """A whole tensor by one worker: what is small, one-dimensional, or stored as (in, out)."""
+    """A whole tensor by one worker: what is small, one-dimensional, stored as (in, out), or scaled by column."""
     plan = job.plan
     width = plan.loras[0].region.width if plan.loras else (plan.shape[-1] if len(plan.shape) > 1 else prod(plan.shape))
     rows = prod(plan.shape) // width if width else 0
@@ -303,13 +304,25 @@ def _merge_tensor(job: _Job) -> None:
 
 @dataclass(frozen=True)
 class _Update:
-    """An edit with its factors loaded: A (r, in) and B (out, r) in float64, the scale of each output where known."""
+    """An edit with its factors loaded: A (r, in) and B (out, r) in float64.
+
+    columns: what each column of the region as it is stored is multiplied by, (width,), where it is columns.
+    """
 
     edit: LoraEdit
     lora_a: Tensor
     lora_b: Tensor
     magnitude: Tensor | None
-    scale: Tensor | None
+    columns: Tensor | None = None
+
+    def direction(self, weight: Tensor, start: int, *, out: Tensor | None = None) -> Tensor:
+        """`V` of stored rows from `start` of the tensor on: weight (rows, width), and so is the result."""
+        first = start - self.edit.region.start
+        rows = slice(first, first + len(weight))
+        if not self.edit.region.transposed:
+            return add_delta(weight, self.lora_a, self.lora_b[rows], self.edit.scaling, out=out)
+        total = weight + delta_weight(self.lora_a[:, rows], self.lora_b, self.edit.scaling).T
+        return total if out is None else out.copy_(total)
 
 
 def _merge_rows(job: _Job, first: int, last: int, width: int) -> None:
@@ -326,6 +339,7 @@ def _merge_rows(job: _Job, first: int, last: int, width: int) -> None:
             if edit.region.start < last and edit.region.stop > first
         ]
         vectors = [(edit, edit.vector.load().to(job.device, torch.float64)) for edit in plan.vectors]
+        scales = [(scale.start, _output_factor(job, scale)) for scale in plan.scales]
         bounded = _is_bounded(plan, updates)
         block = stack.enter_context(job.buffers.block(min(step, last - first), width, plan.source.dtype, plan.dtype))
         for start in range(first, last, step):
@@ -339,6 +353,8 @@ def _merge_rows(job: _Job, first: int, last: int, width: int) -> None:
                 _apply(job, update, exact, start, stop)
             for edit, vector in vectors:
                 exact.view(-1)[edit.start : edit.start + vector.shape[0]] += vector * edit.scaling
+            for first_output, factor in scales:
+                exact.view(-1)[first_output : first_output + len(factor)] *= factor
             merged = block.output(round_once(exact, plan.dtype, block.rounding))
             if not bounded:
                 _require_finite(job, exact, merged.tensor)
@@ -441,28 +457,45 @@ def _load(job: _Job, edit: LoraEdit, source: _Source, replaced: _Rows) -> _Updat
     lora_a = edit.lora_A.load().to(job.device, torch.float64)
     lora_b = edit.lora_B.load().to(job.device, torch.float64)
     magnitude = edit.magnitude.load().to(job.device, torch.float64) if edit.magnitude else None
-    update = _Update(edit, lora_a, lora_b, magnitude, None)
-    if magnitude is None or not edit.region.transposed:
+    update = _Update(edit, lora_a, lora_b, magnitude)
+    if magnitude is None or not edit.scales_columns:
         return update
-    # Stored as (in, out), an output is a column, and its norm runs over all blocks: read once to sum, once to write.
-    region = edit.region
-    squares = torch.zeros(region.width, dtype=torch.float64, device=job.device)
+    columns = magnitude
+    if edit.norm.axis is not None:
+        # The norm of a column runs over all blocks: read once to sum, once to write.
+        squares = torch.zeros(edit.region.width, dtype=torch.float64, device=job.device)
+        for direction in _directions(update, source, replaced):
+            squares += direction.square_().sum(dim=0)
+        # Of a convolution, the columns of one input channel are its kernel, which shares one norm.
+        norms = squares.view(len(magnitude), -1).sum(dim=1).sqrt_()
+        columns = _checked_scale(job.plan.name, edit, magnitude, norms)
+    return replace(update, columns=columns.repeat_interleave(edit.region.width // len(columns)))
+
+
+def _directions(update: _Update, source: _Source, replaced: _Rows) -> Iterator[Tensor]:
+    """`V` of the whole region, in blocks of its stored rows."""
+    region = update.edit.region
     step = max(1, BLOCK_ELEMENTS // region.width)
     for start in range(region.start, region.stop, step):
         stop = min(start + step, region.stop)
-        weight = source.rows(start, stop, region.width).to(lora_a)
+        weight = source.rows(start, stop, region.width).to(update.lora_a)
         _replace_rows(weight, start, replaced)
-        direction = _direction_transposed(update, weight, start, stop)
-        squares += direction.square_().sum(dim=0)
-    scale = _checked_scale(job, edit, magnitude, squares.sqrt_())
-    return _Update(edit, lora_a, lora_b, magnitude, scale)
+        yield update.direction(weight, start)
 
 
-def _direction_transposed(update: _Update, weight: Tensor, start: int, stop: int) -> Tensor:
-    """`V` transposed, for stored rows [start, stop): weight (in block, out)."""
-    first = start - update.edit.region.start
-    lora_a = update.lora_a[:, first : first + stop - start]
-    return weight + delta_weight(lora_a, update.lora_b, update.edit.scaling).T
+def _output_factor(job: _Job, scale: VectorScale) -> Tensor:
+    """`m / ||V||` (out,) of the edit of another tensor, in one pass over that."""
+    edit, weight = scale.edit, scale.weight
+    assert edit.magnitude is not None
+    assert edit.norm.axis == "out"
+    with _Source(weight.source) as source:
+        replaced = [(rows.indices, rows.rows.load()) for rows in weight.rows]
+        update = _load(job, edit, source, replaced)
+        if update.columns is not None:
+            return update.columns
+        norms = torch.cat([row_norms(direction) for direction in _directions(update, source, replaced)])
+        assert update.magnitude is not None
+        return _checked_scale(weight.name, edit, update.magnitude, norms)
 
 
 def _apply(job: _Job, update: _Update, exact: Tensor, start: int, stop: int) -> None:
@@ -472,21 +505,22 @@ def _apply(job: _Job, update: _Update, exact: Tensor, start: int, stop: int) -> 
     if low >= high:
         return
     block = exact if (low, high) == (start, stop) else exact[low - start : high - start]
-    if region.transposed:
-        direction = _direction_transposed(update, block, low, high)
-        block.copy_(direction if update.scale is None else direction.mul_(update.scale))
-        return
-    rows = slice(low - region.start, high - region.start)
-    add_delta(block, update.lora_a, update.lora_b[rows], update.edit.scaling, out=block)
-    if update.magnitude is not None:
-        block.mul_(_checked_scale(job, update.edit, update.magnitude[rows], row_norms(block)).unsqueeze(1))
+    update.direction(block, low, out=block)
+    if update.columns is not None:
+        block.mul_(update.columns)
+    elif update.magnitude is not None:
+        scale = update.magnitude[low - region.start : high - region.start]
+        if update.edit.norm.axis is not None:
+            scale = _checked_scale(job.plan.name, update.edit, scale, row_norms(block))
+        block.mul_(scale.unsqueeze(1))
 
 
-def _checked_scale(job: _Job, edit: LoraEdit, magnitude: Tensor, norms: Tensor) -> Tensor:
+def _checked_scale(tensor: str, edit: LoraEdit, magnitude: Tensor, norms: Tensor) -> Tensor:
+    norms = norms + edit.norm.eps if edit.norm.eps else norms
     scale = norm_scale(magnitude, norms)
     # The sum of the magnitudes, unless something is NaN or infinite: it stays so in a sum of products.
     if not math.isfinite(torch.dot(scale, norms).item()):
-        raise _zero_row(job.plan.name, edit.module)
+        raise _zero_row(tensor, edit.module)
     return scale
 
 
@@ -496,7 +530,8 @@ def _is_bounded(plan: TensorPlan, updates: list[_Update]) -> bool:
     covered = sum(edit.region.stop - edit.region.start for edit in plan.loras) * (
         plan.loras[0].region.width if plan.loras else 0
     )
-    largest = [float(update.magnitude.abs().max()) for update in updates if update.magnitude is not None]
+    normed = [update.magnitude for update in updates if update.edit.norm.axis is not None]
+    largest = [float(magnitude.abs().max()) for magnitude in normed if magnitude is not None]
     limit = torch.finfo(plan.dtype).max if plan.dtype.is_floating_point else 0
     return covered == prod(plan.shape) and len(largest) == len(updates) > 0 and max(largest) < limit / 2
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from dora_serve.adapter import Adapter, LazyTensor
+from dora_serve.adapter import PAPER_NORM, Adapter, LazyTensor, Norm
 from dora_serve.checkpoint import ShardedCheckpoint
 from dora_serve.safetensors_file import DTYPE_NAMES, TensorEntry
 
@@ -39,7 +39,9 @@ class Region:
 class LoraEdit:
     """A LoRA or DoRA update of one region.
 
-    lora_A (r, in), lora_B (out, r), magnitude (out,) or None. module: for messages, the name in the adapter.
+    lora_A (r, in), lora_B (out, r), magnitude (out,) or None; where `norm` runs along the outputs, it is (in,), of
+    whose channels a convolution has as many columns each as its kernel has elements. module: for messages, the name in
+    the adapter.
     """
 
     module: str
@@ -48,6 +50,17 @@ class LoraEdit:
     lora_B: LazyTensor
     scaling: float
     magnitude: LazyTensor | None
+    norm: Norm = PAPER_NORM
+
+    @property
+    def scales_columns(self) -> bool:
+        """Whether the magnitude belongs to the columns of the region as it is stored, not to its rows."""
+        return (self.norm.axis == "in") != self.region.transposed
+
+    @property
+    def is_paper(self) -> bool:
+        """Whether this is plain LoRA, or DoRA as the paper has it."""
+        return self.magnitude is None or self.norm == PAPER_NORM
 
 
 @dataclass(frozen=True)
@@ -70,6 +83,18 @@ class VectorEdit:
 
 
 @dataclass(frozen=True)
+class VectorScale:
+    """Elements [start, start + n) of a 1-D tensor are multiplied by the factor of `edit`'s n outputs, m / ||V||.
+
+    weight: the plan of the tensor that `edit` updates, which is what V is made of.
+    """
+
+    start: int
+    edit: LoraEdit
+    weight: TensorPlan
+
+
+@dataclass(frozen=True)
 class TensorPlan:
     """One tensor of the output: `source`, then the row replacements, then the updates, rounded once to `dtype`.
 
@@ -84,6 +109,7 @@ class TensorPlan:
     loras: tuple[LoraEdit, ...] = ()
     rows: tuple[RowEdit, ...] = ()
     vectors: tuple[VectorEdit, ...] = ()
+    scales: tuple[VectorScale, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -92,7 +118,7 @@ class TensorPlan:
     @property
     def is_copy(self) -> bool:
         """Whether the output's bytes are the base's."""
-        plain = not (self.loras or self.rows or self.vectors)
+        plain = not (self.loras or self.rows or self.vectors or self.scales)
         return plain and isinstance(self.source, TensorEntry) and self.source.dtype == self.dtype
 
     @property
@@ -104,6 +130,8 @@ class TensorPlan:
             return "replaced"
         if self.vectors:
             return "lora_bias"
+        if self.scales:
+            return "scaled bias"
         return "copied" if self.is_copy else "cast"
 
 

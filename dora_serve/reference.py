@@ -20,14 +20,14 @@ import copy
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dora_serve.adapter import Adapter, ExpertLora, LazyTensor, LoraWeights, Replacement, TokenRows
+from dora_serve.adapter import Adapter, Axis, ExpertLora, LazyTensor, LoraWeights, Replacement, TokenRows
 from dora_serve.errors import PlanError, Problem
 from dora_serve.module_names import ModuleNames, is_conv1d
 
@@ -76,6 +76,8 @@ def attach_adapter(model: nn.Module, adapter: Adapter, *, rounded_to: torch.dtyp
             attachment.replace_rows(undo, rows, {other.module for other in adapter.token_rows})
         for module in adapter.modules:
             attachment.adapt(undo, module)
+            if adapter.keeps_ties and module.kind == "embedding":
+                attachment.adapt_tied(undo, module)
         for name, wrappers in _by_module(adapter.experts).items():
             attachment.adapt_experts(name, wrappers)
         if attachment.problems:
@@ -150,13 +152,19 @@ def _by_module(experts: tuple[ExpertLora, ...]) -> dict[str, list[ExpertLora]]:
 
 @dataclass(frozen=True)
 class _Factors:
-    """lora_A (r, in), lora_B (out, r), norm_scale and lora_bias (out,) or None: on the device, in one dtype."""
+    """lora_A (r, in), lora_B (out, r), norm_scale and lora_bias (out,) or None: on the device, in one dtype.
+
+    input_scale: (in,) or None, m / ||V|| where the norms run along the outputs (adapter.Norm). scales_bias: whether
+    norm_scale multiplies the bias of the base too.
+    """
 
     lora_A: Tensor
     lora_B: Tensor
     scaling: float
     norm_scale: Tensor | None
     lora_bias: Tensor | None
+    input_scale: Tensor | None = None
+    scales_bias: bool = False
 
     @staticmethod
     def of(module: LoraWeights, matrix: Tensor) -> _Factors:
@@ -167,11 +175,30 @@ class _Factors:
             return None if lazy is None else lazy.load().to(device=matrix.device, dtype=dtype)
 
         lora_a, lora_b = module.lora_A.load().to(matrix.device), module.lora_B.load().to(matrix.device)
-        norm_scale = None
+        scale = None
         if module.magnitude is not None:
-            norm = row_norms(matrix, lora_a, lora_b, module.scaling)
-            norm_scale = (module.magnitude.load().to(norm) / norm).to(dtype)
-        return _Factors(lora_a.to(dtype), lora_b.to(dtype), module.scaling, norm_scale, load(module.lora_bias))
+            magnitude = module.magnitude.load().to(device=matrix.device, dtype=torch.float64)
+            if module.norm.axis == "out":
+                magnitude = magnitude / (row_norms(matrix, lora_a, lora_b, module.scaling) + module.norm.eps)
+            elif module.norm.axis == "in":
+                norm = channel_norms(matrix, lora_a, lora_b, module.scaling, len(magnitude))
+                kernel = matrix.shape[1] // len(magnitude)
+                magnitude = (magnitude / (norm + module.norm.eps)).repeat_interleave(kernel)
+            scale = magnitude.to(dtype)
+        by_input = module.norm.axis == "in"
+        return _Factors(
+            lora_a.to(dtype),
+            lora_b.to(dtype),
+            module.scaling,
+            norm_scale=None if by_input else scale,
+            lora_bias=load(module.lora_bias),
+            input_scale=scale if by_input else None,
+            scales_bias=module.norm.scales_bias,
+        )
+
+    def bias(self, bias: Tensor) -> Tensor:
+        """The base's bias, as it is added to what `adapted` gives."""
+        return bias * self.norm_scale if self.scales_bias and self.norm_scale is not None else bias
 
     def adapted(self, base: Tensor, low_rank: Tensor) -> Tensor:
         """norm_scale * (base + s low_rank), features last; base (..., out) is W x, low_rank (..., out) is B (A x)."""
@@ -183,6 +210,8 @@ class _Factors:
     def weight(self, matrix: Tensor) -> Tensor:
         """The formula's weight, (out, in), for a parameter that has no forward of its own."""
         result = matrix.to(self.lora_A.dtype) + self.scaling * (self.lora_B @ self.lora_A)
+        if self.input_scale is not None:
+            return result * self.input_scale
         return result if self.norm_scale is None else self.norm_scale[:, None] * result
 
 
@@ -196,6 +225,20 @@ def row_norms(matrix: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) ->
         rows = slice(start, start + step)
         norms[rows] = (matrix[rows].double() + scaling * (lora_B[rows].double() @ lora_a)).norm(dim=1)
     return norms
+
+
+def channel_norms(matrix: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, channels: int) -> Tensor:
+    """||W + s B A|| of each input channel over all outputs and the kernel: (channels,) in float64.
+
+    matrix is W as (out, channels * kernel), the kernel fastest.
+    """
+    step = max(1, _BLOCK_ELEMENTS // max(1, matrix.shape[1]))
+    squares = torch.zeros(channels, dtype=torch.float64, device=matrix.device)
+    for start in range(0, matrix.shape[0], step):
+        rows = slice(start, start + step)
+        direction = matrix[rows].double() + scaling * (lora_B[rows].double() @ lora_A.double())
+        squares += direction.reshape(len(direction), channels, -1).square().sum(dim=(0, 2))
+    return squares.sqrt()
 
 
 @dataclass
@@ -299,22 +342,40 @@ class _Attachment:
             self.problem(weights.module, "a grouped convolution", "groups = 1: no trainer defines the grouped formula")
             return
         matrix = _as_matrix(module, weight.detach())
+        weights = weights.of_width(matrix.shape[1])
         if not self._fits(weights, matrix):
             return
         factors = _Factors.of(weights, matrix)
-        forward = _unmerged_forward(module, factors) if self.rounded_to is None else None
+        by_weight = self.rounded_to is not None or factors.input_scale is not None
+        forward = None if by_weight else _unmerged_forward(module, factors)
         if forward is None:
             self._step(module, "weight", name, lambda wide: _formula_weight(module, factors, wide))
             if factors.lora_bias is not None and module._parameters.get("bias") is not None:
                 added = factors.scaling * factors.lora_bias
                 self._step(module, "bias", name, lambda wide: wide + added)
+            if factors.scales_bias and module._parameters.get("bias") is not None:
+                self._step(module, "bias", name, factors.bias)
             return
         self.attached.modules += (name,)
         _patch(undo, module, forward, name, self.attached.called)
 
+    def adapt_tied(self, undo: ExitStack, weights: LoraWeights) -> None:
+        """Adapt what shares an embedding's table in the same way: of a head, the outputs are the embedding's inputs."""
+        found = self.find(weights.module)
+        if found is None:
+            return
+        for name, module, leaf in self.sharing.get(id(found[1]._parameters.get("weight")), ()):
+            if leaf == "weight" and module is not found[1]:
+                self.adapt(undo, _as_head(weights, name))
+
     def _fits(self, weights: LoraWeights, matrix: Tensor) -> bool:
         wanted = (weights.lora_B.shape[0], weights.lora_A.shape[1])
-        if tuple(matrix.shape) == wanted:
+        by_input = weights.magnitude is not None and weights.norm.axis == "in"
+        whole = weights.magnitude is None or not by_input or matrix.shape[1] % weights.magnitude.shape[0] == 0
+        if weights.row_order != "base":
+            self.problem(weights.module, f"outputs in the order of {weights.row_order}", "those of the base")
+            return False
+        if tuple(matrix.shape) == wanted and whole:
             return True
         factors = f"lora_A {list(weights.lora_A.shape)} and lora_B {list(weights.lora_B.shape)}"
         out, width = matrix.shape
@@ -337,6 +398,7 @@ class _Attachment:
             return
         owner = self.names.modules[place.owner]
         part = place.part_of(owner._parameters[place.leaf])
+        weights = weights.of_width(part.shape[1])
         if not self._fits(weights, part):
             return
         factors = _Factors.of(weights, part.detach())
@@ -395,6 +457,20 @@ class _Attachment:
                     _put(undo, module._parameters, leaf, rounded[id(parameter)])
 
 
+def _as_head(weights: LoraWeights, name: str) -> LoraWeights:
+    """The update of an embedding's table as that of the linear layer `name` that shares it."""
+    rank, count, dim = weights.rank, weights.lora_A.shape[1], weights.lora_B.shape[0]
+    axis: Axis | None = {"in": "out", "out": "in"}.get(weights.norm.axis or "")  # type: ignore[assignment]
+    return replace(
+        weights,
+        module=name,
+        kind="linear",
+        lora_A=weights.lora_B.map((rank, dim), lambda tensor: tensor.T),
+        lora_B=weights.lora_A.map((count, rank), lambda tensor: tensor.T),
+        norm=replace(weights.norm, axis=axis),
+    )
+
+
 def _is_transposed(module: nn.Module) -> bool:
     """Whether the module stores its weight as (in, out)."""
     return isinstance(module, nn.Embedding) or is_conv1d(module)
@@ -428,7 +504,7 @@ def _linear(module: Any, factors: _Factors) -> Callable[[Tensor], Tensor]:
         wide = x.to(factors.lora_A.dtype)
         result = factors.adapted(base, F.linear(F.linear(wide, factors.lora_A), factors.lora_B))
         if module.bias is not None:
-            result = result + module.bias
+            result = result + factors.bias(module.bias)
         return result.to(base.dtype)
 
     return forward
@@ -445,7 +521,7 @@ def _convolution(module: Any, factors: _Factors) -> Callable[[Tensor], Tensor]:
         low_rank = module._conv_forward(x.to(kernel.dtype), kernel, None).movedim(channels, -1)
         result = factors.adapted(base, F.linear(low_rank, factors.lora_B))
         if module.bias is not None:
-            result = result + module.bias
+            result = result + factors.bias(module.bias)
         return result.to(base.dtype).movedim(-1, channels)
 
     return forward

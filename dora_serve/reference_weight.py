@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from dora_serve.adapter import LazyTensor
-from dora_serve.plan import LoraEdit, TensorPlan
+from dora_serve.plan import LoraEdit, TensorPlan, VectorScale
 from dora_serve.safetensors_file import TensorEntry, read_bytes
 
 LAMBDA = 7.0
@@ -96,7 +96,8 @@ def read_elements(source: TensorEntry | Tensor, start: int, stop: int) -> Tensor
 class Update:
     """A LoraEdit, loaded as float64: lora_A (r, in), lora_B (out, r), magnitude (out,) or None.
 
-    norms: ||V|| (out,) where the rows of the region are inputs, so that no block of them holds a whole output.
+    norms: ||V|| of each column of the region where the magnitude is the columns' (`LoraEdit.scales_columns`), so that
+    no block of rows holds what a norm is taken over; a magnitude for several columns, of a kernel, is given for each.
     """
 
     edit: LoraEdit
@@ -134,6 +135,7 @@ class Reference:
     updates: tuple[Update, ...]
     replaced: tuple[tuple[Tensor, Tensor], ...]
     added: tuple[tuple[int, float, Tensor], ...]
+    scaled: tuple[tuple[int, Tensor, Tensor], ...] = ()
 
 
 def open_reference(plan: TensorPlan, row_block_elements: int) -> Reference:
@@ -151,14 +153,45 @@ def open_reference(plan: TensorPlan, row_block_elements: int) -> Reference:
         updates=tuple(_load(edit) for edit in plan.loras),
         replaced=tuple((torch.tensor(edit.indices), edit.rows.load().to(torch.float64)) for edit in plan.rows),
         added=tuple((edit.start, edit.scaling, edit.vector.load().to(torch.float64)) for edit in plan.vectors),
+        scaled=tuple(_scaled(scale, row_block_elements) for scale in plan.scales),
     )
     updates = tuple(
-        replace(update, norms=output_norms(reference, update, row_block_elements))
-        if update.magnitude is not None and update.edit.region.transposed
+        _with_column_norms(reference, update, row_block_elements)
+        if update.magnitude is not None and update.edit.scales_columns
         else update
         for update in reference.updates
     )
     return replace(reference, updates=updates)
+
+
+def _with_column_norms(reference: Reference, update: Update, row_block_elements: int) -> Update:
+    assert update.magnitude is not None
+    width = update.edit.region.width
+    norms = column_norms(reference, update, row_block_elements)
+    of_kernel = width // len(update.magnitude)
+    norms = norms.view(-1, of_kernel).square().sum(dim=1).sqrt().repeat_interleave(of_kernel)
+    return replace(update, magnitude=update.magnitude.repeat_interleave(of_kernel), norms=norms)
+
+
+def _scaled(scale: VectorScale, row_block_elements: int) -> tuple[int, Tensor, Tensor]:
+    """Where it starts, m / ||V|| of the weight's outputs, and its relative error in float32 arithmetic."""
+    weight = open_reference(replace(scale.weight, loras=(scale.edit,), scales=()), row_block_elements)
+    (update,) = weight.updates
+    assert update.magnitude is not None
+    region = scale.edit.region
+    norms = update.norms
+    if norms is None:
+        blocks = row_blocks(weight, row_block_elements, (region.start, region.stop))
+        norms = torch.cat([_direction(weight, update, start, stop).norm(dim=1) for start, stop in blocks])
+    factor = torch.where((norms == 0) & (update.magnitude == 0), 0.0, update.magnitude / norms)
+    return scale.start, factor, factor_error(update, norms, slice(None), FLOAT32)
+
+
+def _direction(reference: Reference, update: Update, start: int, stop: int) -> Tensor:
+    """V in the tensor's rows [start, stop), which lie in the region."""
+    offset = update.edit.region.start
+    delta = update.delta_rows(start - offset, stop - offset)
+    return source_rows(reference, start, stop) + update.edit.scaling * delta
 
 
 def _load(edit: LoraEdit) -> Update:
@@ -176,13 +209,12 @@ def row_blocks(
         yield first, min(first + step, stop)
 
 
-def output_norms(reference: Reference, update: Update, row_block_elements: int) -> Tensor:
-    """`||V||` (out,) of a region whose rows are inputs, in one pass over them."""
+def column_norms(reference: Reference, update: Update, row_block_elements: int) -> Tensor:
+    """`||V||` of each column of a region as it is stored, (width,), in one pass over its rows."""
     region = update.edit.region
     squares = torch.zeros(region.width, dtype=torch.float64)
     for first, last in row_blocks(reference, row_block_elements, (region.start, region.stop)):
-        delta = update.delta_rows(first - region.start, last - region.start)
-        squares += (source_rows(reference, first, last) + update.edit.scaling * delta).square().sum(0)
+        squares += _direction(reference, update, first, last).square().sum(0)
     return squares.sqrt()
 
 
@@ -212,16 +244,24 @@ def exact_rows(reference: Reference, start: int, stop: int) -> Tensor:
         values[max(first - start, 0) : max(first + len(vector) - start, 0), 0] += (
             scaling * vector[max(start - first, 0) : max(stop - first, 0)]
         )
+    for first, factor, _ in reference.scaled:
+        here = slice(max(first - start, 0), max(first + len(factor) - start, 0))
+        values[here, 0] *= factor[max(start - first, 0) : max(stop - first, 0)]
     return values
 
 
 def _factor(update: Update, direction: Tensor, start: int, stop: int) -> Tensor:
-    """`m / ||V||`, shaped to multiply rows [start, stop) of V. An output of zeros with m = 0 stays zero."""
+    """`m / (||V|| + eps)`, shaped to multiply rows [start, stop) of V. An output of zeros with m = 0 stays zero."""
     assert update.magnitude is not None
-    if update.norms is not None:
-        return torch.where((update.norms == 0) & (update.magnitude == 0), 0.0, update.magnitude / update.norms)
-    magnitude, norms = update.magnitude[start:stop], torch.linalg.vector_norm(direction, dim=1)
-    return torch.where((norms == 0) & (magnitude == 0), 0.0, magnitude / norms).unsqueeze(1)
+    norm = update.edit.norm
+    magnitude = update.magnitude if update.norms is not None else update.magnitude[start:stop]
+    if norm.axis is None:
+        factor = magnitude
+    else:
+        norms = update.norms if update.norms is not None else torch.linalg.vector_norm(direction, dim=1)
+        norms = norms + norm.eps
+        factor = torch.where((norms == 0) & (magnitude == 0), 0.0, magnitude / norms)
+    return factor if update.norms is not None else factor.unsqueeze(1)
 
 
 def sum_growth(terms: int) -> float:
@@ -236,7 +276,19 @@ def factor_error(update: Update, norms: Tensor, outputs: slice, arithmetic: Arit
     through ||V|| and the same.
     """
     rank, inputs = update.lora_A.shape
-    spread = abs(update.edit.scaling) * (update.lora_B[outputs].abs() @ torch.linalg.vector_norm(update.lora_A, dim=1))
+    norm = update.edit.norm
+    if norm.axis is None:
+        return torch.full_like(norms, 2 * arithmetic.unit)
+    if norm.axis == "out":
+        lengths = torch.linalg.vector_norm(update.lora_A, dim=1)
+        spread = abs(update.edit.scaling) * (update.lora_B[outputs].abs() @ lengths)
+    else:
+        lengths, inputs = torch.linalg.vector_norm(update.lora_B, dim=0), update.lora_B.shape[0]
+        spread = abs(update.edit.scaling) * (lengths @ update.lora_A[:, outputs].abs())
+        if update.magnitude is not None and update.norms is not None:  # of a kernel: its columns share one norm
+            of_kernel = len(norms) // update.edit.magnitude.shape[0] if update.edit.magnitude else 1
+            inputs *= of_kernel
+            spread = spread.view(-1, of_kernel).square().sum(dim=1).sqrt().repeat_interleave(of_kernel)
     of_delta = sum_growth(rank) * arithmetic.sum_unit + 2 * arithmetic.unit
     direction = of_delta * spread + arithmetic.unit * (norms + 2 * spread)
     of_norm = sum_growth(inputs) * arithmetic.sum_unit / 2 + arithmetic.unit
@@ -257,6 +309,10 @@ def error_rows(reference: Reference, start: int, stop: int, arithmetic: Arithmet
         here = slice(max(first - start, 0), max(first + len(vector) - start, 0))
         term = (scaling * vector[max(start - first, 0) : max(stop - first, 0)]).abs()
         error[here, 0] += arithmetic.unit * (weight[here, 0].abs() + 3 * term) + arithmetic.tiny
+    for first, factor, relative in reference.scaled:
+        here = slice(max(first - start, 0), max(first + len(factor) - start, 0))
+        there = slice(max(start - first, 0), max(stop - first, 0))
+        error[here, 0] += (weight[here, 0] * factor[there]).abs() * relative[there] + arithmetic.tiny
     return error * SECOND_ORDER
 
 

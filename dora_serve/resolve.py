@@ -16,12 +16,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dora_serve.adapter import Adapter, ExpertLora, LazyTensor, LoraWeights, Replacement, TokenRows
+from dora_serve.adapter import Adapter, ExpertLora, Kind, LazyTensor, LoraWeights, Replacement, TokenRows
 from dora_serve.checkpoint import ShardedCheckpoint, side_files
 from dora_serve.errors import CheckpointError, PlanError, Problem
 from dora_serve.names import ParameterNames, Place
-from dora_serve.plan import LoraEdit, MergePlan, Region, RowEdit, TensorPlan, VectorEdit
+from dora_serve.plan import LoraEdit, MergePlan, Region, RowEdit, TensorPlan, VectorEdit, VectorScale
 from dora_serve.replicate import replicate_layers
+from dora_serve.rotary import in_base_order
 from dora_serve.safetensors_file import TensorEntry
 from dora_serve.ties import Untying, plan_untying
 
@@ -48,6 +49,7 @@ class _Draft:
     loras: dict[str, list[LoraEdit]] = field(default_factory=lambda: defaultdict(list))
     rows: dict[str, list[RowEdit]] = field(default_factory=lambda: defaultdict(list))
     vectors: dict[str, list[VectorEdit]] = field(default_factory=lambda: defaultdict(list))
+    scales: dict[str, list[tuple[str, LoraEdit]]] = field(default_factory=lambda: defaultdict(list))
     sources: dict[str, LazyTensor] = field(default_factory=dict)
     added: dict[str, TensorEntry | LazyTensor] = field(default_factory=dict)
     untying: Untying = field(default_factory=Untying)
@@ -71,6 +73,7 @@ def plan_merge(base: ShardedCheckpoint, adapter: Adapter, *, dtype: torch.dtype 
     Raises PlanError with every problem at once, CheckpointError for a base that cannot be merged into at all.
     """
     _require_dense(base)
+    adapter = in_base_order(adapter, base.config)
     trained = _trained_architecture(base.config, adapter)
     draft = _Draft(base, ParameterNames.of(base, trained))
     if adapter.config.get("layer_replication"):
@@ -123,11 +126,24 @@ def _add_lora(draft: _Draft, module: LoraWeights) -> None:
     if not places:
         draft.not_found(module.module, parameter)
         return
+    magnitude, by_input = module.magnitude, module.norm.axis == "in"
+    if by_input and (len(places) > 1 or places[0].tensor_parts > 1):
+        draft.problem(
+            module.module,
+            "a magnitude for each input, whose norm runs over all outputs",
+            "a weight that the base stores by itself, not fused with others or in parts",
+        )
+        return
+    module = module.of_width(_width(_shape(draft, places[0].tensor), module.kind))
     out, width = module.lora_B.shape[0], module.lora_A.shape[1]
     for place, stop in zip(places, _stops(draft, places, out), strict=True):
         shape = _shape(draft, place.tensor)
         region = _region(draft, module, shape, place, whole=len(places) == 1)
         if region is None:
+            return
+        if by_input and magnitude is not None and magnitude.shape[0] != (channels := _channels(shape, region)):
+            got = f"{magnitude.shape[0]} magnitudes, one for each input"
+            draft.problem(module.module, got, f"{channels}, as the base weight of {list(shape)} has inputs")
             return
         if region.out_in != (stop - place.start, width):
             _mismatch(draft, module, shape)
@@ -141,11 +157,42 @@ def _add_lora(draft: _Draft, module: LoraWeights) -> None:
                 lora_A=module.lora_A,
                 lora_B=_rows(module.lora_B, place.start, stop),
                 scaling=module.scaling,
-                magnitude=_rows(module.magnitude, place.start, stop) if module.magnitude else None,
+                magnitude=magnitude if by_input or magnitude is None else _rows(magnitude, place.start, stop),
+                norm=module.norm,
             )
         )
+    if module.norm.scales_bias and module.magnitude is not None:
+        _scale_bias(draft, module, places)
     if module.lora_bias is not None:
         _add_bias(draft, module)
+
+
+def _width(shape: tuple[int, ...], kind: Kind) -> int:
+    """Inputs of a weight as it is stored, where nothing but its magnitude was trained."""
+    if kind == "embedding":
+        return shape[0] if shape else 0
+    return prod(shape[1:])
+
+
+def _channels(shape: tuple[int, ...], region: Region) -> int:
+    """Inputs of a weight, those of a convolution being its channels."""
+    return region.out_in[1] if len(shape) < 3 else shape[1]
+
+
+def _scale_bias(draft: _Draft, module: LoraWeights, places: tuple[Place, ...]) -> None:
+    """The trainer multiplied the bias by m / ||V|| as well; without a bias there is nothing to do."""
+    biases = draft.names.find(f"{module.module}.bias")
+    if not biases:
+        return
+    if [(place.start, place.tensor_parts) for place in biases] != [(place.start, 1) for place in places]:
+        draft.problem(
+            f"{module.module}.bias",
+            "a bias that is cut otherwise than its weight",
+            "one that is stored as the weight is, since this format scales it with the weight",
+        )
+        return
+    for bias, weight in zip(biases, places, strict=True):
+        draft.scales[bias.tensor].append((weight.tensor, draft.loras[weight.tensor][-1]))
 
 
 def _stops(draft: _Draft, places: tuple[Place, ...], out: int) -> list[int]:
@@ -164,7 +211,8 @@ def _region(draft: _Draft, module: LoraWeights, shape: tuple[int, ...], place: P
     if len(shape) < 2:
         draft.problem(module.module, f"a base tensor of shape {list(shape)}", "a weight of at least two dimensions")
         return None
-    columns = prod(shape[1:]) if module.kind == "conv" else shape[-1]
+    is_kernel = module.kind == "conv" or (len(shape) > 2 and prod(shape[2:]) == 1)  # a 1x1 one is saved as a Linear's
+    columns = prod(shape[1:]) if is_kernel else shape[-1]
     part = shape[0] // place.tensor_parts
     start, stop = part * place.tensor_part, part * (place.tensor_part + 1)
     straight = Region(start, stop, columns, transposed=False)
@@ -642,6 +690,10 @@ def _tensor_plan(draft: _Draft, name: str, file: str, dtype: torch.dtype | None)
         loras=tuple(sorted(draft.loras.get(name, ()), key=lambda edit: edit.region.start)),
         rows=tuple(draft.rows.get(name, ())),
         vectors=tuple(draft.vectors.get(name, ())),
+        scales=tuple(
+            VectorScale(0, edit, _tensor_plan(draft, weight, file, dtype))
+            for weight, edit in draft.scales.get(name, ())
+        ),
     )
 
 
@@ -660,7 +712,8 @@ def _side_files(draft: _Draft, adapter: Adapter) -> tuple[tuple[Path, Path], ...
     """The base's side files; its tokenizer gives way to the adapter's where the vocabulary was changed."""
     chosen = {relative: draft.base.folder / relative for relative in side_files(draft.base.folder)}
     resized = any(path[-1] == "vocab_size" for path in draft.config_changes)
-    own = [path for path in sorted(adapter.path.iterdir()) if path.is_file() and _TOKENIZER_FILES.match(path.name)]
+    beside = sorted(adapter.path.iterdir()) if adapter.path.is_dir() else []
+    own = [path for path in beside if path.is_file() and _TOKENIZER_FILES.match(path.name)]
     if (resized or adapter.token_rows) and own:
         chosen = {relative: path for relative, path in chosen.items() if not _TOKENIZER_FILES.match(str(relative))}
         chosen |= {Path(path.name): path for path in own}

@@ -102,6 +102,7 @@ class _Measured:
 
 def _check(plan: TensorPlan, entry: TensorEntry, advance: Advance, row_block_elements: int) -> _Measured:
     modules = [edit.module for edits in (plan.loras, plan.rows, plan.vectors) for edit in edits]
+    modules += [scale.edit.module for scale in plan.scales]
     result = TensorResult(
         name=plan.name,
         stored_as=entry.name,
@@ -181,7 +182,7 @@ def _compare(
     norms = [
         _Norms(update, _zeros(update.edit.region.width), _zeros(update.edit.region.width))
         for update in reference.updates
-        if update.magnitude is not None
+        if update.magnitude is not None and update.edit.is_paper
     ]
     adapted = not reference.plan.is_copy and result.action != "cast"
     for start, stop in row_blocks(reference, row_block_elements):

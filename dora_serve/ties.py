@@ -93,6 +93,8 @@ def plan_untying(names: ParameterNames, adapter: Adapter) -> Untying:
         problems = [_unknown_ties(names, name) for name in doubtful if names.stored(name)]
         return Untying(problems=tuple(problems))
     loras, saved, rows = ({_member(names, groups, name) for name in role} for role in (loras, saved, rows))
+    if adapter.keeps_ties:  # an update of the source is one of all that share it
+        loras -= {group.source for group in groups if group.members & loras == {group.source}}
     keeps_ties = bool(adapter.config.get("ensure_weight_tying"))
     apart = [group for group in groups if _are_parted(group, loras, saved, rows, keeps_ties=keeps_ties)]
     if not apart:

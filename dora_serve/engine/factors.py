@@ -15,6 +15,7 @@ from dora_serve.engine.base_layers import compute_dtype, dense_matrix
 from dora_serve.errors import PlanError, Problem
 from dora_serve.module_names import ModuleNames, is_conv1d
 from dora_serve.ops import factored_row_norms, norm_scale
+from dora_serve.rotary import in_base_order
 
 
 @dataclass(frozen=True)
@@ -92,9 +93,13 @@ def prepare(
 
     Raises PlanError with everything that does not fit the base, is beyond `max_rank`, or cannot be served unmerged.
     """
+    adapter = in_base_order(adapter, _config(base))
     problems = list(_unservable(adapter, base))
     fitting: dict[str, LoraWeights] = {}
     for weights in adapter.modules:
+        if weights.rank == 0:
+            problems.append(Problem(weights.module, "a magnitude alone", "factors as well", "merge it and serve that"))
+            continue
         found = _find(weights, base, max_rank)
         if isinstance(found, Problem):
             problems.append(found)
@@ -117,6 +122,11 @@ def prepare(
             "`dora-export merge` may.",
         )
     return PreparedAdapter(name, modules, adapter.method, max((w.rank for w in adapter.modules), default=0))
+
+
+def _config(base: Base) -> Mapping[str, object]:
+    config = getattr(base.names.model, "config", None)
+    return config.to_dict() if config is not None and hasattr(config, "to_dict") else {}
 
 
 def _find(weights: LoraWeights, base: Base, max_rank: int) -> str | Problem:
@@ -171,7 +181,7 @@ def _norm_scales(loaded: Mapping[str, _Loaded], base: Base, known: Mapping[str, 
     for path, one in loaded.items():
         if one.weights.magnitude is not None and path not in known:
             kinds = (one.dtype, one.lora_A.dtype, one.lora_B.dtype, one.lora_A.device)
-            alike.setdefault((one.lora_A.shape, one.lora_B.shape, *kinds), []).append(path)
+            alike.setdefault((one.lora_A.shape, one.lora_B.shape, one.weights.norm, *kinds), []).append(path)
     scales: dict[str, Tensor] = {}
     for paths in alike.values():
         size = loaded[paths[0]].lora_A.numel() + loaded[paths[0]].lora_B.numel()
@@ -186,6 +196,9 @@ _GROUP_ELEMENTS = 1 << 22
 
 def _norm_scales_of_one_shape(loaded: Mapping[str, _Loaded], base: Base) -> dict[str, Tensor]:
     ones = list(loaded.values())
+    norm = ones[0].weights.norm
+    if norm.axis is None:  # they are m / ||V|| already
+        return {path: _magnitude(one).to(one.lora_A.device, one.dtype) for path, one in loaded.items()}
     norms = factored_row_norms(
         [partial(dense_matrix, base.layers[path]) for path in loaded],
         torch.stack([base.squared_norms(path) for path in loaded]),
@@ -194,9 +207,14 @@ def _norm_scales_of_one_shape(loaded: Mapping[str, _Loaded], base: Base) -> dict
         torch.tensor([one.weights.scaling for one in ones], dtype=torch.float64, device=ones[0].lora_A.device),
         ones[0].dtype,
     )
-    magnitudes = [one.weights.magnitude.load() for one in ones if one.weights.magnitude is not None]
-    scales = norm_scale(torch.stack([magnitude.to(norms) for magnitude in magnitudes]), norms).to(ones[0].dtype)
+    magnitudes = torch.stack([_magnitude(one).to(norms) for one in ones])
+    scales = norm_scale(magnitudes, norms + norm.eps).to(ones[0].dtype)
     return dict(zip(loaded, scales, strict=True))
+
+
+def _magnitude(one: _Loaded) -> Tensor:
+    assert one.weights.magnitude is not None
+    return one.weights.magnitude.load()
 
 
 def _factors(loaded: _Loaded, scale: Tensor | None) -> Factors:
@@ -221,6 +239,13 @@ def _unservable(adapter: Adapter, base: Base) -> list[Problem]:
     hint = "merge it with dora-export and serve the result"
     problems = [Problem(one.module, "LoRA on a parameter of experts", wanted, hint) for one in adapter.experts]
     problems += [Problem(rows.module, "trained token rows", wanted, hint) for rows in adapter.token_rows]
+    for one in adapter.modules:
+        if one.magnitude is not None and one.norm.axis == "in":
+            problems.append(Problem(one.module, "a magnitude for each input", "one for each output", hint))
+        if one.magnitude is not None and one.norm.scales_bias:
+            problems.append(Problem(one.module, "a magnitude that scales the bias", "one that leaves it alone", hint))
+        if adapter.keeps_ties and one.kind == "embedding":
+            problems.append(Problem(one.module, "an update shared with the tied head", "one of this module", hint))
     if adapter.config.get("layer_replication"):
         problems.append(Problem("layer_replication", "layers that the base does not have", wanted, hint))
     for replacement in adapter.replacements:
