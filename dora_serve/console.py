@@ -9,6 +9,7 @@ import argparse
 import errno
 import io
 import json
+import math
 import os
 import re
 import signal
@@ -142,8 +143,25 @@ def print_error(program: str, error: DoraServeError, *, as_json: bool, indent: i
     print(f"{program}: {error}", file=sys.stderr)
 
 
+FORMAT_NAMES = ("peft", "nvlabs", "mlx")
+"""Those of `dora_serve.formats`, which is not imported before a command runs."""
+
+
 def add_reading(parser: argparse.ArgumentParser) -> None:
-    """What a user may allow a reader of adapters; `read_options` takes it up."""
+    """What a user may allow a reader of adapters, and tell it; `read_options` takes it up."""
+    named = ", ".join(FORMAT_NAMES)
+    parser.add_argument("--format", choices=FORMAT_NAMES, metavar="NAME", help=f"{named}; default: look")
+    parser.add_argument(
+        "--lora-alpha", type=number_argument, metavar="ALPHA", help="where the adapter's files do not hold it"
+    )
+    parser.add_argument(
+        "--magnitudes",
+        choices=("norm", "norm-scale"),
+        help="what they are: m, the norm of a weight, or m / ||V|| already (TensorRT-LLM)",
+    )
+    parser.add_argument(
+        "--norm-eps", type=number_argument, metavar="EPS", help="what the trainer added to the norm, where it is unsaid"
+    )
     parser.add_argument("--allow-pickle", action="store_true", help="read a .bin adapter, as weights only")
     parser.add_argument(
         "--ignore-config", action="append", default=[], metavar="KEY", help="a key known not to change the weights"
@@ -153,7 +171,24 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
 def read_options(options: argparse.Namespace) -> ReadOptions:
     from dora_serve.formats import ReadOptions
 
-    return ReadOptions(options.allow_pickle, frozenset(options.ignore_config))
+    return ReadOptions(
+        allow_pickle=options.allow_pickle,
+        ignore_config=frozenset(options.ignore_config),
+        format=options.format,
+        lora_alpha=options.lora_alpha,
+        magnitudes=options.magnitudes,
+        norm_eps=options.norm_eps,
+    )
+
+
+def number_argument(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number")
+    return value
 
 
 def device_argument(text: str) -> str:

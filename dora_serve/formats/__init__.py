@@ -1,4 +1,4 @@
-"""On-disk adapter formats, one file each with two functions: `sniff(path)` and `read(path, ...)`."""
+"""On-disk adapter formats, one file each with two functions: `sniff(path)` and `read(path, options)`."""
 
 from __future__ import annotations
 
@@ -8,34 +8,34 @@ from pathlib import Path
 
 from dora_serve.adapter import Adapter
 from dora_serve.errors import AdapterError, no_such_path
-from dora_serve.formats import peft
+from dora_serve.formats import mlx, nvlabs, peft
+from dora_serve.formats.files import CONFIG_NAME, open_weights
+from dora_serve.formats.options import ReadOptions
 
-
-@dataclass(frozen=True)
-class ReadOptions:
-    """What a user allows a reader to do.
-
-    allow_pickle: read a `.bin` with `torch.load(weights_only=True)`. ignore_config: keys of the adapter's
-    configuration that are known to the user not to change the weights.
-    """
-
-    allow_pickle: bool = False
-    ignore_config: frozenset[str] = frozenset()
+__all__ = ["FORMATS", "Format", "ReadOptions", "read_adapter"]
 
 
 @dataclass(frozen=True)
 class Format:
-    """sniff: whether a folder looks like this format, from names and configuration alone. read: the whole reader."""
+    """sniff: whether a folder or file looks like this format, from its configuration and its tensors' names alone.
+    read: the whole reader. label: its name for a person.
+    """
 
+    label: str
     sniff: Callable[[Path], bool]
-    read: Callable[[Path, bool, frozenset[str]], Adapter]
+    read: Callable[[Path, ReadOptions], Adapter]
 
 
-FORMATS: Mapping[str, Format] = {"peft": Format(peft.sniff, peft.read)}
+FORMATS: Mapping[str, Format] = {
+    "peft": Format("PEFT", peft.sniff, peft.read),
+    "nvlabs": Format("NVlabs DoRA", nvlabs.sniff, nvlabs.read),
+    "mlx": Format("mlx-lm", mlx.sniff, mlx.read),
+}
+"""In the order in which they are tried."""
 
 
 def read_adapter(path: Path, options: ReadOptions | None = None) -> Adapter:
-    """Read an adapter of any known format.
+    """Read an adapter of any known format, from a folder or a single file.
 
     Raises AdapterError where nothing here reads it or its files are unsound, UnmergeableError where they are sound and
     mean something that no dense weights equal.
@@ -43,14 +43,27 @@ def read_adapter(path: Path, options: ReadOptions | None = None) -> Adapter:
     options = options or ReadOptions()
     if not path.exists():
         raise AdapterError(no_such_path("The adapter", path), remedy="Check the path.", path=str(path))
+    if options.format is not None:
+        return FORMATS[options.format].read(path, options)
     for adapter_format in FORMATS.values():
         if adapter_format.sniff(path):
-            return adapter_format.read(path, options.allow_pickle, options.ignore_config)
-    found = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else [path.name]
-    listing = ", ".join(found[:12]) + (", ..." if len(found) > 12 else "") if found else "nothing"
-    raise AdapterError(
-        f"{str(path)!r} holds no adapter that is known here: got {listing}, wanted a folder with adapter_config.json "
-        "and adapter_model.safetensors (PEFT).",
-        remedy="Give the folder that the trainer's save_pretrained wrote.",
+            return adapter_format.read(path, options)
+    if path.is_dir() and any((path / name).is_file() for name in (CONFIG_NAME, *peft.WEIGHTS)):
+        return peft.read(path, options)
+    raise _unknown(path, options)
+
+
+def _unknown(path: Path, options: ReadOptions) -> AdapterError:
+    if path.suffix == ".safetensors" and path.is_file():
+        names = list(open_weights(path, options.allow_pickle).tensors)  # whose error is the better one
+        got = f"a file with {len(names)} tensors ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})"
+    else:
+        found = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else [path.name]
+        got = ", ".join(found[:12]) + (", ..." if len(found) > 12 else "") if found else "nothing"
+    labels = ", ".join(adapter_format.label for name, adapter_format in FORMATS.items() if name != "peft")
+    return AdapterError(
+        f"{str(path)!r} holds no adapter that is known here: got {got}, wanted a folder with adapter_config.json "
+        f"and its weights (PEFT), or what one of these writes: {labels}.",
+        remedy="Give the folder or file that the trainer wrote; if you know its format, name it with --format.",
         path=str(path),
     )

@@ -6,7 +6,6 @@ exists there, which parameter of an expert is meant and what has to be untied is
 
 from __future__ import annotations
 
-import math
 import re
 from collections import defaultdict
 from collections.abc import Mapping
@@ -17,15 +16,25 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dora_serve.adapter import Adapter, ExpertLora, Kind, LazyTensor, LoraWeights, Replacement, TokenRows
-from dora_serve.errors import AdapterError, CheckpointError, UnmergeableError
-from dora_serve.formats.peft_config import CONFIG_NAME, PeftConfig, read_config
-from dora_serve.safetensors_file import WholeFile, open_safetensors, read_tensor
+from dora_serve.adapter import (
+    PAPER_NORM,
+    Adapter,
+    ExpertLora,
+    Kind,
+    LazyTensor,
+    LoraWeights,
+    Norm,
+    Replacement,
+    TokenRows,
+)
+from dora_serve.errors import AdapterError, UnmergeableError
+from dora_serve.formats.files import CONFIG_NAME, find_weights, no_weights, open_weights, peek_config, require_finite
+from dora_serve.formats.options import ReadOptions
+from dora_serve.formats.peft_config import PeftConfig, read_peft_config
 
 SAFETENSORS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
-_AT_ONCE_BYTES = 1 << 25
-"""An adapter has hundreds of tensors of a few kilobytes, which take longer to read one by one than all at once."""
+WEIGHTS = (SAFETENSORS_NAME, PICKLE_NAME)
 
 # The adapter's name stands in raw state dicts (FSDP, DeepSpeed) and is stripped by save_pretrained.
 _NAMED = r"(?:\.[^.]+)?"
@@ -50,13 +59,11 @@ _FOREIGN = re.compile(r"(^|[._])(lora|adapter|magnitude|dora|hada|lokr|ia3|oft|d
 
 
 def sniff(path: Path) -> bool:
-    """Whether the folder holds a PEFT adapter: its configuration, or at least its weights' file."""
-    if (path / CONFIG_NAME).is_file():
-        return True
-    return (path / SAFETENSORS_NAME).is_file() or (path / PICKLE_NAME).is_file()
+    """Whether the folder says that it holds a LoRA of PEFT."""
+    return peek_config(path).get("peft_type") == "LORA"
 
 
-def read(path: Path, allow_pickle: bool, ignore_config: frozenset[str]) -> Adapter:
+def read(path: Path, options: ReadOptions) -> Adapter:
     """Read a PEFT adapter folder. Peak memory: one of its tensors (all of them for a pickle).
 
     Raises AdapterError (every problem of the files at once where they are independent) and UnmergeableError.
@@ -68,14 +75,15 @@ def read(path: Path, allow_pickle: bool, ignore_config: frozenset[str]) -> Adapt
             remedy="Copy it from the trainer's output folder; without it the scale of the update is unknown.",
             path=str(path),
         )
-    config = read_config(path, ignore_config)
-    weights = _open_weights(path, allow_pickle)
-    if not weights.tensors:
-        raise AdapterError(f"{str(weights.file)!r} holds no tensors.", remedy="Save the adapter again.")
+    config = read_peft_config(path, options.ignore_config)
+    file = find_weights(path, *WEIGHTS)
+    if file is None:
+        raise no_weights(path, (SAFETENSORS_NAME,))
+    weights = open_weights(file, options.allow_pickle)
     grouped = _group(weights.tensors, config)
-    if not weights.are_finite:
-        _require_finite(weights.tensors, grouped.unused)
-    modules = tuple(_modules(grouped, config))
+    require_finite(weights, grouped.unused)
+    norm = Norm(axis=None) if options.magnitudes == "norm-scale" else PAPER_NORM
+    modules = tuple(_modules(grouped, config, norm))
     notes = list(grouped.notes)
     if grouped.unused:
         notes.append(f"{len(grouped.unused)} tensors of training state are not used by the adapted model: ignored.")
@@ -95,60 +103,8 @@ def read(path: Path, allow_pickle: bool, ignore_config: frozenset[str]) -> Adapt
         files=(path / CONFIG_NAME, weights.file),
         config=config.raw,
         notes=tuple(notes),
+        magnitudes_are_norms=options.magnitudes == "norm",
     )
-
-
-@dataclass(frozen=True)
-class _Weights:
-    """file: where the tensors are. are_finite: whether it is known by now that all of them are."""
-
-    file: Path
-    tensors: Mapping[str, LazyTensor]
-    are_finite: bool = False
-
-
-def _open_weights(path: Path, allow_pickle: bool) -> _Weights:
-    safetensors, pickle = path / SAFETENSORS_NAME, path / PICKLE_NAME
-    if safetensors.is_file():
-        try:
-            header = open_safetensors(safetensors)
-        except CheckpointError as error:
-            raise AdapterError(error.message, remedy=error.remedy, path=str(safetensors)) from error
-        whole = WholeFile(header) if header.nbytes <= _AT_ONCE_BYTES else None
-        read = read_tensor if whole is None else whole.read
-        lazy = {
-            name: LazyTensor(entry.shape, entry.dtype, lambda entry=entry: read(entry))  # type: ignore[misc]
-            for name, entry in header.tensors.items()
-        }
-        return _Weights(safetensors, lazy, whole is not None and whole.is_finite())
-    if not pickle.is_file():
-        found = sorted(entry.name for entry in path.iterdir())
-        raise AdapterError(
-            f"{str(path)!r} has a configuration and no weights: got {', '.join(found)}, wanted {SAFETENSORS_NAME}.",
-            remedy="Copy the weights from the trainer's output folder.",
-            path=str(path),
-        )
-    if not allow_pickle:
-        raise AdapterError(
-            f"{str(path)!r} holds its weights only as {PICKLE_NAME}, a pickle, which can run code when it is read.",
-            remedy="If you trust where it comes from, say --allow-pickle: it is then read with weights_only=True.",
-            path=str(pickle),
-        )
-    try:
-        state = torch.load(pickle, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises a dozen kinds on hostile or truncated input
-        raise AdapterError(
-            f"{str(pickle)!r} cannot be read as weights only: {str(error).partition(chr(10))[0]}",
-            remedy="Convert it to safetensors where it was made.",
-            path=str(pickle),
-        ) from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise AdapterError(
-            f"{str(pickle)!r} holds a {type(state).__name__}, wanted a dictionary of tensors.",
-            remedy="Save the adapter's state_dict, or better, save it as safetensors.",
-            path=str(pickle),
-        )
-    return _Weights(pickle, {str(name): LazyTensor.of(value.detach().contiguous()) for name, value in state.items()})
 
 
 @dataclass
@@ -237,29 +193,7 @@ def _replacement(name: str, tensor: LazyTensor, config: PeftConfig) -> Replaceme
     return None if _FOREIGN.search(name) else Replacement(name, tensor, "base_layer")
 
 
-def _require_finite(tensors: Mapping[str, LazyTensor], unused: set[str]) -> None:
-    bad = []
-    for key, lazy in tensors.items():
-        if key in unused or not lazy.dtype.is_floating_point:
-            continue
-        tensor = lazy.load()
-        if tensor.dtype.itemsize == 1:  # no isfinite kernel for float8
-            tensor = tensor.float()
-        if math.isfinite(tensor.sum(dtype=torch.float64).item()):  # one pass, where counting takes several
-            continue
-        wrong = tensor.numel() - int(torch.isfinite(tensor).sum())
-        if wrong:
-            bad.append(f"{key} ({wrong} of {tensor.numel()})")
-    if bad:
-        raise AdapterError(
-            f"The adapter holds values that are NaN or infinite: {', '.join(bad[:8])}"
-            f"{', ...' if len(bad) > 8 else ''}.",
-            remedy="The training diverged, or the file is damaged: use an earlier checkpoint.",
-            tensors=bad,
-        )
-
-
-def _modules(grouped: _Grouped, config: PeftConfig) -> list[LoraWeights]:
+def _modules(grouped: _Grouped, config: PeftConfig, norm: Norm) -> list[LoraWeights]:
     problems: list[str] = []
     modules = []
     for module, parts in grouped.parts.items():
@@ -289,6 +223,7 @@ def _modules(grouped: _Grouped, config: PeftConfig) -> list[LoraWeights]:
                 scaling=config.scaling(module),
                 magnitude=magnitude.map((out,), torch.flatten) if magnitude else None,
                 lora_bias=parts.get("B_bias"),
+                norm=norm,
             )
         )
     if problems:

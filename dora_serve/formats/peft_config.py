@@ -5,7 +5,6 @@ Mirrors peft 0.21.2, tuners/lora/config.py; formats.md 1.3 and 1.7.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import sys
@@ -15,8 +14,7 @@ from pathlib import Path
 from typing import TypeGuard
 
 from dora_serve.errors import AdapterError, UnmergeableError
-
-CONFIG_NAME = "adapter_config.json"
+from dora_serve.formats.files import CONFIG_NAME, read_config
 
 _CHANGES_NOTHING = frozenset(
     """
@@ -77,27 +75,14 @@ def _pattern_key(patterns: Mapping[str, object], name: str) -> str:
     return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", name)), name)
 
 
-def read_config(folder: Path, ignore: frozenset[str]) -> PeftConfig:
+def read_peft_config(folder: Path, ignore: frozenset[str]) -> PeftConfig:
     """Read and judge adapter_config.json.
 
     Raises AdapterError for a configuration that is corrupt or has keys that are not understood, UnmergeableError for
     one that is understood and has no dense equal.
     """
     path = folder / CONFIG_NAME
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise AdapterError(
-            f"{str(path)!r} cannot be read as JSON: {error}.",
-            remedy="Copy the adapter again, or restore the file from the trainer's output.",
-            path=str(path),
-        ) from error
-    if not isinstance(raw, dict):
-        raise AdapterError(
-            f"{str(path)!r} holds a {type(raw).__name__}, wanted a JSON object.",
-            remedy="Copy the adapter again, or restore the file from the trainer's output.",
-            path=str(path),
-        )
+    raw = read_config(folder)
     peft_type = raw.get("peft_type")
     if peft_type != "LORA":
         raise AdapterError(
