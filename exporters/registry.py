@@ -18,12 +18,14 @@ from dora_serve.verify import VerifyReport
 
 if TYPE_CHECKING:
     from exporters.onnx.check.report import OnnxCheck
+    from exporters.onnx.options import OnnxOptions
 
 
 @dataclass(frozen=True)
 class ExportInput:
     """merged: the merged model's folder, which an exporter may empty. out: where to write, existing and empty but for
     hidden names. verification: None where it was switched off. metadata: of the sources, for the artifact's header.
+    onnx: what was chosen of an ONNX export.
     """
 
     merged: Path
@@ -32,6 +34,7 @@ class ExportInput:
     metadata: Mapping[str, str]
     device: str
     on_progress: OnProgress
+    onnx: OnnxOptions | None = None
 
 
 @dataclass(frozen=True)
@@ -75,11 +78,11 @@ def export_onnx_folder(given: ExportInput) -> Exported:
     from exporters.onnx.export import export_onnx
 
     say = _in_words(given.on_progress)
-    exported = export_onnx(given.merged, given.out, metadata=given.metadata, on_progress=say)
+    exported = export_onnx(given.merged, given.out, given.onnx, metadata=given.metadata, on_progress=say)
     for relative in side_files(given.merged):
         (given.out / relative).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(given.merged / relative, given.out / relative)
-    values: dict[str, object] = {"onnx": {**asdict(exported), "path": exported.path.name}}
+    values: dict[str, object] = {"onnx": exported.to_json()}
     if given.verification is None:
         return Exported(values)
     check = compare_onnx(exported.path, given.merged, given.verification.forward, given.device, given.on_progress)

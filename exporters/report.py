@@ -44,9 +44,7 @@ def export_text(export: Export) -> str:
         lines += ["", verification_text(export.verification)]
     onnx: Any = export.exported.values.get("onnx")
     if onnx is not None:
-        size = format_bytes(onnx["bytes"])
-        lines += ["", f"ONNX: {onnx['path']}, opset {onnx['opset']}, {onnx['dtype']}, {onnx['nodes']} nodes, {size}"]
-        lines.append(_onnx_text(export.exported.values.get("onnx_check")))
+        lines += ["", onnx_export_text(onnx), _onnx_text(export.exported.values.get("onnx_check"))]
     return "\n".join([*lines, "", f"Written to {export.out}"])
 
 
@@ -205,6 +203,15 @@ def _forward_row(label: str, found: Comparison, limit: Tolerance | None) -> list
         _number(found.perplexity),
         f"{greedy.equal} of {greedy.compared}" if greedy else "",
     ]
+
+
+def onnx_export_text(onnx: Mapping[str, Any]) -> str:
+    """What graphs were written."""
+    graphs = ", ".join(f"{graph['file']} ({graph['nodes']} nodes)" for graph in onnx["graphs"])
+    weights = f"{onnx['dtype']}, weights {onnx['quantize']}" if onnx["quantize"] else onnx["dtype"]
+    how = "traced" if onnx["traced"] else "graph from the cache"
+    lines = [f"ONNX: {graphs}, opset {onnx['opset']}, {weights}, {format_bytes(onnx['bytes'])}, {how}"]
+    return "\n".join([*lines, *(f"Note: {note}" for note in onnx["notes"])])
 
 
 def _onnx_text(check: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,9 @@ import pytest
 from dora_serve.demo_base import make_demo_base
 
 ROOT = Path(__file__).resolve().parent.parent
+
+# Graphs that one test traced serve the others, those in processes of their own too.
+os.environ.setdefault("DORA_SERVE_CACHE", str(ROOT / ".cache"))
 
 
 @pytest.fixture(scope="session")

@@ -17,6 +17,7 @@ from exporters.onnx.check.check import check_onnx
 from exporters.onnx.check.report import OnnxCheck
 from exporters.onnx.export import OnnxExport, export_onnx
 from exporters.onnx.saving import MODEL_FILE
+from exporters.onnx.skeleton import GraphFacts
 
 VOCABULARY = 96
 SIZES: dict[str, Any] = {
@@ -97,6 +98,12 @@ class Case:
     model: Path
     onnx: Path
     export: OnnxExport
+
+    @property
+    def graph(self) -> GraphFacts:
+        """Of a model that is one graph."""
+        (graph,) = self.export.graphs
+        return graph
 
 
 def save(model: PreTrainedModel, folder: Path, dtype: torch.dtype = torch.float32) -> Path:

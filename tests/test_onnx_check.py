@@ -22,7 +22,8 @@ from exporters.onnx.check.answers import Expected, Got
 from exporters.onnx.check.check import check_onnx
 from exporters.onnx.check.comparing import count_greedy
 from exporters.onnx.export import export_onnx
-from exporters.onnx.saving import DATA_FILE, MODEL_FILE
+from exporters.onnx.saving import MODEL_FILE
+from exporters.onnx.skeleton import DATA_FILE
 from tests.onnx_models import MODELS, PROMPTS, Case, cases, check, save
 
 

@@ -24,7 +24,9 @@ from dora_serve.errors import CheckpointError, UnavailableError
 from exporters.onnx.architectures import architecture_of
 from exporters.onnx.check.check import check_onnx
 from exporters.onnx.export import export_onnx
-from exporters.onnx.saving import DATA_FILE, MODEL_FILE
+from exporters.onnx.options import OnnxOptions
+from exporters.onnx.saving import MODEL_FILE
+from exporters.onnx.skeleton import DATA_FILE
 from tests.onnx_models import CAUSAL, MODELS, OUTPUTS, PROMPTS, VOCABULARY, Case, cases, check, save
 
 
@@ -41,13 +43,13 @@ def test_a_causal_model_agrees_with_torch(case: Callable[[str], Case], name: str
     made = case(name)
     layers = transformers.AutoConfig.from_pretrained(made.model).num_hidden_layers
     parts = [f"{layer}.{part}" for layer in range(layers) for part in ("key", "value")]
-    assert made.export.inputs == (
+    assert made.graph.inputs == (
         "input_ids",
         "attention_mask",
         "position_ids",
         *(f"past_key_values.{part}" for part in parts),
     )
-    assert made.export.outputs == ("logits", *(f"present.{part}" for part in parts))
+    assert made.graph.outputs == ("logits", *(f"present.{part}" for part in parts))
     report = check(made)
     assert report.failures == ()
     assert report.passed
@@ -63,8 +65,8 @@ def test_a_causal_model_agrees_with_torch(case: Callable[[str], Case], name: str
 def test_an_encoder_or_a_head_agrees_with_torch(case: Callable[[str], Case], name: str) -> None:
     made = case(name)
     segments = name.startswith("bert")
-    assert made.export.inputs == ("input_ids", "attention_mask", *(("token_type_ids",) if segments else ()))
-    assert made.export.outputs == OUTPUTS[name]
+    assert made.graph.inputs == ("input_ids", "attention_mask", *(("token_type_ids",) if segments else ()))
+    assert made.graph.outputs == OUTPUTS[name]
     report = check(made)
     assert report.failures == ()
     assert report.decode_max_abs is None
@@ -110,7 +112,7 @@ def test_right_padding_changes_nothing(case: Callable[[str], Case]) -> None:
 
     def logits(padding: int) -> np.ndarray[Any, Any]:
         ids = np.array([prompt + [0] * padding])
-        empty = {name: np.zeros((1, 2, 0, 8), np.float32) for name in made.export.inputs[3:]}
+        empty = {name: np.zeros((1, 2, 0, 8), np.float32) for name in made.graph.inputs[3:]}
         feed = {"input_ids": ids, "attention_mask": np.array([[1] * len(prompt) + [0] * padding])}
         feed["position_ids"] = np.arange(ids.shape[1])[None]
         return session.run(["logits"], {**feed, **empty})[0][:, : len(prompt)]
@@ -127,10 +129,10 @@ def test_the_files_are_what_the_report_says(case: Callable[[str], Case]) -> None
     assert made.export.opset == 23
     assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", 23)]
     assert {node.domain for node in model.graph.node} == {""}
-    assert made.export.nodes == len(model.graph.node)
+    assert made.graph.nodes == len(model.graph.node)
     assert {"Attention", "RMSNormalization", "RotaryEmbedding"} <= {node.op_type for node in model.graph.node}
-    assert tuple(each.name for each in model.graph.input) == made.export.inputs
-    assert tuple(each.name for each in model.graph.output) == made.export.outputs
+    assert tuple(each.name for each in model.graph.input) == made.graph.inputs
+    assert tuple(each.name for each in model.graph.output) == made.graph.outputs
     assert (model.producer_name, {prop.key: prop.value for prop in model.metadata_props}) == (
         "dora-serve",
         {"base_model": "tests/base"},
@@ -187,11 +189,11 @@ def test_a_half_precision_checkpoint_is_exported_in_float32(tmp_path: Path) -> N
 
 def test_another_opset(case: Callable[[str], Case], tmp_path: Path) -> None:
     model = case("mistral").model
-    export = export_onnx(model, tmp_path, opset=20)
+    export = export_onnx(model, tmp_path, OnnxOptions(opset=20))
     assert export.opset == 20
     assert check(Case(model, tmp_path, export)).failures == ()
     with pytest.raises(UnavailableError, match="opset 99"):
-        export_onnx(model, tmp_path, opset=99)
+        export_onnx(model, tmp_path, OnnxOptions(opset=99))
 
 
 def test_nothing_is_printed_and_stages_are_told(
@@ -201,12 +203,12 @@ def test_nothing_is_printed_and_stages_are_told(
     capfd.readouterr()
     recwarn.clear()
     level, told = logging.getLogger("torch.onnx").level, list[str]()
-    export_onnx(model, tmp_path, on_progress=told.append)
+    export_onnx(model, tmp_path, OnnxOptions(cache=None), on_progress=told.append)
     check_onnx(tmp_path / MODEL_FILE, model, PROMPTS[1:2], greedy_tokens=2, on_progress=told.append)
     assert capfd.readouterr() == ("", "")
     assert not recwarn.list
     assert logging.getLogger("torch.onnx").level == level
-    assert [message.split()[0] for message in told] == ["loading", "tracing", "writing", "running", "running"]
+    assert [message.split()[0] for message in told] == ["tracing", "writing", "running", "running"]
 
 
 # What is refused

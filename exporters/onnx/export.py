@@ -1,105 +1,184 @@
-"""A Hugging Face folder as one ONNX graph, by `torch.onnx.export(dynamo=True)`.
+"""A Hugging Face folder as ONNX graphs, by `torch.onnx.export(dynamo=True)`.
 
-A causal language model becomes one graph that serves prefill and decode, with the cache as plain inputs and outputs
-under the names that Optimum and ONNX Runtime GenAI use; an encoder or a model with a head becomes a graph without a
-cache. Only standard operators are used, so any runtime with the opset runs the result.
+The graphs are traced from a model without weights, or come from the cache of such traces; the weights are then written
+beside them, straight from the checkpoint. Only standard operators are used unless the weights are quantized, so any
+runtime with the opset runs the result.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from dora_serve import __version__
-from dora_serve.errors import UnavailableError
-from exporters.onnx.architectures import architecture_of, is_causal
-from exporters.onnx.decoder import decoder_graph
-from exporters.onnx.loading import load_model, quiet, require
-from exporters.onnx.plain import plain_graph
-from exporters.onnx.saving import MODEL_FILE, save, strip_metadata
-from exporters.onnx.tracing import trace
+from dora_serve.checkpoint import read_json
+from exporters.onnx import graph_cache
+from exporters.onnx.architectures import architecture_of
+from exporters.onnx.families import traceables
+from exporters.onnx.loading import quiet, require
+from exporters.onnx.options import OnnxOptions, require_possible
+from exporters.onnx.saving import MODEL_FILE, strip_metadata, write_folder
+from exporters.onnx.skeleton import GraphFacts, Skeleton, make_skeleton
+from exporters.onnx.stored import StoredWeights, stored_weights
 
-OPSETS = range(18, 25)
+if TYPE_CHECKING:
+    import onnx_ir
+
+# Keys of config.json that shape no graph.
+_SHAPELESS = frozenset({"_name_or_path", "transformers_version", "dtype", "torch_dtype"})
+_TRACERS = ("torch", "transformers", "onnx", "onnxscript", "onnx-ir")
 
 
 @dataclass(frozen=True)
 class OnnxExport:
-    """What was written. `bytes` counts the graph and its external data; `nodes` those of subgraphs too."""
+    """What was written. bytes: of all graphs and their data. traced: whether the graphs were traced anew, and not
+    taken from the cache. notes: what a user should know of them.
+    """
 
-    path: Path
+    folder: Path
+    graphs: tuple[GraphFacts, ...]
     opset: int
     dtype: str
-    nodes: int
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
+    quantize: str | None
     bytes: int
+    traced: bool
+    notes: tuple[str, ...] = ()
+
+    @property
+    def path(self) -> Path:
+        """The graph of a model that is one."""
+        return self.folder / MODEL_FILE
+
+    def to_json(self) -> dict[str, object]:
+        """Plain values, without the place."""
+        graphs = [
+            {"file": one.file, "nodes": one.nodes, "inputs": list(one.inputs), "outputs": list(one.outputs)}
+            for one in self.graphs
+        ]
+        return {
+            "graphs": graphs,
+            "opset": self.opset,
+            "dtype": self.dtype,
+            "quantize": self.quantize,
+            "bytes": self.bytes,
+            "traced": self.traced,
+            "notes": list(self.notes),
+        }
 
 
 def export_onnx(
     model_folder: Path,
     out_folder: Path,
+    options: OnnxOptions | None = None,
     *,
-    opset: int = 23,
     metadata: Mapping[str, str] | None = None,
     on_progress: Callable[[str], None] | None = None,
 ) -> OnnxExport:
-    """Write `out_folder/model.onnx` and its weights `out_folder/model.onnx.data` from the model in `model_folder`.
+    """Write the graphs of the model in `model_folder` to `out_folder`, and their weights to one file beside them.
 
-    A causal language model has these inputs and outputs, all axes but heads and head_dim being dynamic (past may be
-    0, sequence 1), N counting the layers of the cache:
+    A causal language model is one graph, `model.onnx`, with these inputs and outputs, all axes but heads and head_dim
+    being dynamic (past may be 0, sequence 1), N counting the layers of the cache:
 
         input_ids, position_ids        int64 (batch, sequence)
         attention_mask                 int64 (batch, past + sequence); 0 marks padding, on the left or the right
-        past_key_values.N.key/.value   float32 (batch, key-value heads, past, head_dim)
-        logits                         float32 (batch, sequence, vocabulary)
-        present.N.key/.value           float32 (batch, key-value heads, past + sequence, head_dim)
+        past_key_values.N.key/.value   dtype (batch, key-value heads, past, head_dim)
+        logits                         dtype (batch, sequence, vocabulary)
+        present.N.key/.value           dtype (batch, key-value heads, past + sequence, head_dim)
 
     With left padding a token's position is the number of tokens before it, as transformers' generate has it. Sliding
-    windows are in the mask: the cache keeps every token. Other models take `input_ids`, `attention_mask` and, where
-    they tell segments apart, `token_type_ids`, and give the outputs that transformers names.
+    windows are in the mask: the cache keeps every token. The other kinds of model are described where their graphs are
+    made: `plain.py`, `encoder_decoder.py`.
 
-    The weights are always float32: ONNX Runtime's CPU provider has no bfloat16 kernels and few float16 ones, and a
-    bfloat16 or float16 value is a float32 value exactly. They are always external data, a tied one stored once;
-    constants up to 1 KiB stay in the graph. A mixture of experts gathers the weights of each token's experts, so that
-    a prefill takes memory for every token. Attention, RMSNormalization and RotaryEmbedding are single operators at
-    opset 23, which is why it is the default; 18 to 24 are possible.
+    Weights are always external data, a tied one stored once; constants stay in the graph. A mixture of experts gathers
+    the weights of each token's experts, so that a prefill takes memory for every token. Attention, RMSNormalization
+    and RotaryEmbedding are single operators at opset 23, which is why it is the default.
 
-    out_folder: exists; files of these two names are replaced. The caller makes the whole atomic.
+    out_folder: exists; files of these names are replaced. The caller makes the whole atomic.
     metadata: further `metadata_props`, such as the sources of the model.
     on_progress: is told each stage in words.
 
+    Peak memory: that of the libraries, the graphs without weights, and one parameter in the dtype it is stored in.
     Raises UnavailableError for what this machine lacks or this exporter does not do, CheckpointError for a folder that
     does not hold the whole model, OutputError where the files cannot be written.
     """
     tell = on_progress or (lambda message: None)
-    require("onnx", "onnxscript", "transformers")
-    if opset not in OPSETS:
-        raise UnavailableError(
-            f"ONNX opset {opset} was asked for; {OPSETS[0]} to {OPSETS[-1]} can be written.",
-            remedy="Leave it at 23, or take 20 for an older runtime.",
-            opset=opset,
-        )
+    options = options or OnnxOptions()
+    require("onnx", "onnxscript", "transformers", *(("onnxruntime",) if options.quantize else ()))
+    require_possible(options)
+    architecture = architecture_of(model_folder)
+    with quiet():
+        weights = stored_weights(model_folder, architecture)
+        key = graph_cache.digest_of(_facts(model_folder, architecture, weights, options))
+        kept = graph_cache.fetch(options.cache, key) if options.cache else None
+        if kept is None:
+            tell(f"tracing {architecture}")
+            skeleton = _trace(model_folder, architecture, weights, options)
+            if options.cache:
+                graph_cache.keep(options.cache, key, skeleton.to_bytes())
+        else:
+            tell(f"taking the graph of {architecture} from the cache")
+            skeleton = Skeleton.from_bytes(kept)
+        tell("writing the weights")
+        size = write_folder(skeleton, weights, out_folder, metadata or {})
+    return OnnxExport(
+        folder=out_folder,
+        graphs=skeleton.facts,
+        opset=options.opset,
+        dtype=options.dtype,
+        quantize=options.quantize,
+        bytes=size,
+        traced=kept is None,
+        notes=skeleton.notes,
+    )
+
+
+def _trace(model_folder: Path, architecture: str, weights: StoredWeights, options: OnnxOptions) -> Skeleton:
     import torch
 
-    with quiet(), torch.no_grad():
-        tell("loading the model in float32")
-        # One matrix product over all experts traces to standard operators; the other implementations do not.
-        model = load_model(model_folder, experts="batched_mm")
-        graph = decoder_graph(model) if is_causal(architecture_of(model_folder)) else plain_graph(model)
-        tell(f"tracing {type(model).__name__}")
-        ir_model = trace(graph, opset, type(model).__name__)
-        strip_metadata(ir_model)
-        ir_model.producer_name, ir_model.producer_version = "dora-serve", __version__
-        ir_model.metadata_props.update(metadata or {})
-        tell(f"writing {MODEL_FILE}")
-        size = save(ir_model, out_folder)
-    return OnnxExport(
-        path=out_folder / MODEL_FILE,
-        opset=ir_model.opset_imports[""],
-        dtype="float32",
-        nodes=sum(1 for _ in ir_model.graph.all_nodes()),
-        inputs=graph.inputs,
-        outputs=graph.outputs,
-        bytes=size,
-    )
+    from exporters.onnx.empty_model import empty_model, fake_mode
+    from exporters.onnx.quantizing import quantize_graph
+    from exporters.onnx.tracing import trace
+
+    mode = fake_mode()
+    notes: list[str] = []
+    models: dict[str, onnx_ir.Model] = {}
+    with torch.no_grad():
+        model = empty_model(model_folder, getattr(torch, options.dtype), weights, mode)
+        with mode:
+            graphs = traceables(model)
+        for file, graph in graphs.items():
+            traced = trace(graph, options.opset, architecture)
+            strip_metadata(traced)
+            if options.bits:
+                notes += quantize_graph(traced, options.bits)
+            models[file] = traced
+    return make_skeleton(models, tuple(dict.fromkeys(notes)))
+
+
+def _facts(model_folder: Path, architecture: str, weights: StoredWeights, options: OnnxOptions) -> dict[str, object]:
+    """Everything that shapes the graph: the configuration, which parameters there are and which are one, what was
+    asked for, and whose code traces."""
+    config = {key: value for key, value in read_json(model_folder).items() if key not in _SHAPELESS}
+    return {
+        "architecture": architecture,
+        "config": config,
+        "parameters": sorted(weights.origins),
+        "tied": dict(sorted(weights.tied.items())),
+        "opset": options.opset,
+        "dtype": options.dtype,
+        "quantize": options.quantize,
+        "versions": {name: version(name) for name in _TRACERS},
+        "exporter": _own_digest(),
+    }
+
+
+@cache
+def _own_digest() -> str:
+    """Of the sources of this package: another exporter traces another graph."""
+    sources = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(json.dumps([path.read_text(encoding="utf-8") for path in sources]).encode()).hexdigest()

@@ -1,53 +1,65 @@
-"""An ONNX graph as a file, and its weights as another."""
+"""An ONNX folder: the graphs, and one file with all of their weights."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dora_serve import __version__
 from dora_serve.errors import OutputError
+from exporters.onnx.filling import write_data
+from exporters.onnx.skeleton import Skeleton
+from exporters.onnx.stored import StoredWeights
 
 if TYPE_CHECKING:
     import onnx_ir
 
-
 MODEL_FILE = "model.onnx"
-
-
-DATA_FILE = "model.onnx.data"
-
-
-# Tensors above this size lie in DATA_FILE; below it they are the constants of shape arithmetic.
-_INLINE_BYTES = 1024
+_KEPT = "pkg.torch.onnx.name_scopes"
 
 
 def strip_metadata(model: onnx_ir.Model) -> None:
     """Drop the exporter's notes, which hold stack traces with this machine's paths; keep each node's module."""
-    kept = "pkg.torch.onnx.name_scopes"
     model.graph.metadata_props.clear()
     for value in (*model.graph.inputs, *model.graph.initializers.values()):
         value.metadata_props.clear()
     for node in model.graph.all_nodes():
-        scope = node.metadata_props.get(kept)
+        scope = node.metadata_props.get(_KEPT)
         node.metadata_props.clear()
         if scope is not None:
-            node.metadata_props[kept] = scope
+            node.metadata_props[_KEPT] = scope
         node.doc_string = None
         for value in node.outputs:
             value.metadata_props.clear()
 
 
-def save(model: onnx_ir.Model, out_folder: Path) -> int:
-    """Write both files; their size in bytes."""
-    import onnx_ir
+def write_folder(
+    skeleton: Skeleton,
+    weights: StoredWeights,
+    folder: Path,
+    metadata: Mapping[str, str],
+    on_bytes: Callable[[int, int], None] = lambda *_: None,
+) -> int:
+    """Write the graphs, with `metadata` in each, and their data; the size of all in bytes.
 
-    try:
-        onnx_ir.save(model, out_folder / MODEL_FILE, external_data=DATA_FILE, size_threshold_bytes=_INLINE_BYTES)
-        return sum(
-            (out_folder / name).stat().st_size for name in (MODEL_FILE, DATA_FILE) if (out_folder / name).exists()
-        )
-    except OSError as error:
-        raise OutputError(
-            f"The ONNX model cannot be written to {str(out_folder)!r}: {error.strerror or error}.",
-            folder=str(out_folder),
-        ) from error
+    Raises OutputError where a file cannot be written, and what `write_data` raises.
+    """
+    from onnx import ModelProto, StringStringEntryProto
+
+    size = 0
+    for name, serialized in skeleton.graphs.items():
+        model = ModelProto.FromString(serialized)
+        model.producer_name, model.producer_version = "dora-serve", __version__
+        model.metadata_props.extend(StringStringEntryProto(key=key, value=value) for key, value in metadata.items())
+        contents = model.SerializeToString(deterministic=True)
+        size += len(contents)
+        try:
+            (folder / name).write_bytes(contents)
+        except OSError as error:
+            raise OutputError(
+                f"The ONNX model cannot be written to {str(folder)!r}: {error.strerror or error}.",
+                folder=str(folder),
+            ) from error
+    write_data(skeleton, weights, folder, on_bytes)
+    return size + skeleton.nbytes

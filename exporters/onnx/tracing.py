@@ -1,23 +1,28 @@
-"""A module as an ONNX graph, by `torch.onnx.export(dynamo=True)`, its weights under their own names."""
+"""A module as an ONNX graph, by `torch.onnx.export(dynamo=True)`, its weights under their own names and without values.
+
+A weight of the graph is an initializer that has a name, a shape and a dtype; whoever writes the graph gives it its
+place in a file. So nothing can be computed from weights while the graph is simplified, and the graph of one checkpoint
+is the graph of every other of the same configuration.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from dora_serve.errors import UnavailableError
 from exporters.onnx.architectures import INSTEAD
+from exporters.onnx.empty_model import is_fake
 from exporters.onnx.optimizing import optimize
 from exporters.onnx.traceable import WRAPPED, Traceable
+from exporters.onnx.weight_form import TRANSPOSED
 
 if TYPE_CHECKING:
     import onnx_ir
 
 
-# A weight that is stored transposed, as a matrix product wants it, has its parameter's name with this at the end.
-TRANSPOSED = ".T"
-
-
 def trace(graph: Traceable, opset: int, architecture: str) -> onnx_ir.Model:
+    """The graph of `graph.module`. Raises UnavailableError where torch cannot trace it."""
     import torch
 
     try:
@@ -40,9 +45,15 @@ def trace(graph: Traceable, opset: int, architecture: str) -> onnx_ir.Model:
             architecture=architecture,
         ) from error
     assert program is not None
-    name_weights(program.model)  # first, because folding a transpose forgets whose it was
+    _empty_weights(program.model, graph.module)
+    _turn_weights(program.model)
     optimize(program.model)
     return program.model
+
+
+def weight_names(model: onnx_ir.Model) -> list[str]:
+    """The initializers whose values come from the checkpoint, in the graph's order."""
+    return [name for name, value in model.graph.initializers.items() if value.const_value is None]
 
 
 def _first_line(error: BaseException) -> str:
@@ -50,20 +61,62 @@ def _first_line(error: BaseException) -> str:
     return f"{type(cause).__name__}: {(str(cause).strip() or 'no reason given').splitlines()[0]}"
 
 
-def name_weights(model: onnx_ir.Model) -> None:
-    """Give initializers the names of the model's parameters, and a transposed one its parameter's name with `.T`."""
+def _empty_weights(model: onnx_ir.Model, module: object) -> None:
+    """Give each weight its parameter's name, one name to a tied one, and take its empty tensor away."""
+    import onnx_ir
+    import torch
+
+    assert isinstance(module, torch.nn.Module)
+    named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    first: dict[int, str] = {}
+    for name, tensor in named:
+        if is_fake(tensor.data):
+            first.setdefault(id(tensor), name)
+    same_as = {name: first[id(tensor)] for name, tensor in named if id(tensor) in first}
+    initializers = model.graph.initializers
+    kept: dict[str, onnx_ir.Value] = {}
+    for name in list(initializers):
+        value = initializers[name]
+        if name not in same_as:
+            value.name = name.removeprefix(WRAPPED)
+            continue
+        own = same_as[name].removeprefix(WRAPPED)
+        if own in kept:
+            onnx_ir.convenience.replace_all_uses_with(value, kept[own])
+            del initializers[name]
+        else:
+            value.name, value.const_value, kept[own] = own, None, value
+
+
+def _turn_weights(model: onnx_ir.Model) -> None:
+    """Store transposed what is only read transposed, under its parameter's name with `.T`."""
     import onnx_ir
 
     initializers = model.graph.initializers
     for name in list(initializers):
-        if name.startswith(WRAPPED):
-            initializers[name].name = name.removeprefix(WRAPPED)
-    for node in model.graph:
-        weight = node.inputs[0] if node.op_type == "Transpose" else None
-        if weight is None or weight.shape is None or not weight.is_initializer():
+        weight = initializers[name]
+        if weight.const_value is not None or weight.shape is None or len(weight.shape) < 2:
             continue
-        axes, perm = list(range(len(weight.shape))), list(node.attributes["perm"].as_ints())
-        if perm == axes:  # as indexing a stack of experts gives; folding it would copy them
-            onnx_ir.convenience.replace_all_uses_with(node.outputs[0], weight)
-        elif perm == [*axes[:-2], axes[-1], axes[-2]]:
-            node.outputs[0].name = f"{weight.name}{TRANSPOSED}"
+        readers = [use.node for use in weight.uses()]
+        permutations = [_permutation(node) for node in readers]
+        axes = list(range(len(weight.shape)))
+        for node, permutation in zip(readers, permutations, strict=True):
+            if permutation == axes:  # as indexing a stack of experts gives
+                onnx_ir.convenience.replace_all_uses_with(node.outputs[0], weight)
+        swapped = [*axes[:-2], axes[-1], axes[-2]]
+        if not readers or any(permutation != swapped for permutation in permutations):
+            continue
+        turned = onnx_ir.Value(
+            name=f"{name}{TRANSPOSED}",
+            shape=onnx_ir.Shape([weight.shape[axis] for axis in swapped]),
+            type=weight.type,
+        )
+        for node in readers:
+            onnx_ir.convenience.replace_all_uses_with(node.outputs[0], turned)
+        model.graph.remove(readers, safe=True)
+        del initializers[name]
+        initializers.add(turned)
+
+
+def _permutation(node: onnx_ir.Node) -> Sequence[int] | None:
+    return list(node.attributes["perm"].as_ints()) if node.op_type == "Transpose" else None

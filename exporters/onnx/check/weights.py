@@ -13,7 +13,7 @@ import numpy as np
 from dora_serve.checkpoint import ShardedCheckpoint, open_checkpoint
 from dora_serve.safetensors_file import read_tensor
 from exporters.onnx.check.answers import Weights
-from exporters.onnx.tracing import TRANSPOSED
+from exporters.onnx.weight_form import TRANSPOSED
 
 if TYPE_CHECKING:
     import onnx_ir

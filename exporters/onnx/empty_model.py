@@ -1,0 +1,105 @@
+"""A model whose parameters have shapes and no memory: what is traced, so that no weight is loaded for it.
+
+Buffers that are computed from the configuration (rotary frequencies, position tables) are real, and become constants
+of the graph. What the checkpoint holds does not, whatever its size.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from exporters.onnx.architectures import architecture_of
+from exporters.onnx.stored import StoredWeights
+
+if TYPE_CHECKING:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from transformers import PreTrainedModel
+
+
+def fake_mode() -> FakeTensorMode:
+    """Within it tensors are made and computed with as shapes and dtypes alone."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    return FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+
+
+def is_fake(tensor: object) -> bool:
+    """Whether a tensor has no values."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return isinstance(tensor, FakeTensor)
+
+
+def empty_model(folder: Path, dtype: torch.dtype, weights: StoredWeights, mode: FakeTensorMode) -> PreTrainedModel:
+    """The model of a transformers folder in `dtype`, for inference; its experts multiply by batches.
+
+    Raises CheckpointError where the checkpoint lacks a parameter, or has another shape for it.
+    """
+    import transformers
+
+    architecture = architecture_of(folder)
+    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    # One matrix product over all experts traces to standard operators; the other implementations do not.
+    config._experts_implementation = "batched_mm"
+    with without_memory(mode):
+        model = getattr(transformers, architecture)._from_config(config, dtype=dtype).eval()
+    _widen(model, mode)
+    optional = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
+    wanted = {
+        name: tuple(parameter.shape)
+        for name, parameter in model.named_parameters()
+        if weights.owner(name) is not None or not any(pattern.search(name) for pattern in optional)
+    }
+    weights.require_whole(wanted, architecture)
+    empty_stored_buffers(model, weights, mode)
+    loaded: PreTrainedModel = model
+    return loaded
+
+
+def empty_stored_buffers(model: torch.nn.Module, weights: StoredWeights, mode: FakeTensorMode) -> None:
+    """Take the values of buffers that the checkpoint has (running statistics of a batch normalisation) away."""
+    for prefix, module in model.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set and weights.owner(f"{prefix}.{name}".lstrip(".")):
+                with mode:
+                    module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+
+
+@contextmanager
+def without_memory(mode: FakeTensorMode) -> Iterator[None]:
+    """Give every parameter that is registered within the block no memory; initialising it does nothing then."""
+    register = torch.nn.Module.register_parameter
+
+    def register_empty(module: torch.nn.Module, name: str, parameter: torch.nn.Parameter | None) -> None:
+        if parameter is not None and not is_fake(parameter.data):
+            with mode:
+                empty = torch.empty(parameter.shape, dtype=parameter.dtype)
+                parameter = torch.nn.Parameter(empty, requires_grad=parameter.requires_grad)
+            # How transformers knows what it need not initialise: drawing some distributions asks for values.
+            parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+        register(module, name, parameter)
+
+    torch.nn.Module.register_parameter = register_empty  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        torch.nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def _widen(model: Any, mode: FakeTensorMode) -> None:
+    """Keep in float32 what transformers keeps in it when it loads a float16 model (some of T5's matrices)."""
+    patterns = [*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())]
+    if not patterns or model.dtype != torch.float16:
+        return
+    kept = re.compile("|".join(rf"(^|\.){pattern}($|\.)" for pattern in patterns))
+    for name, parameter in model.named_parameters():
+        if kept.search(name):
+            with mode:
+                parameter.data = torch.empty(parameter.shape, dtype=torch.float32)
