@@ -143,7 +143,7 @@ def print_error(program: str, error: DoraServeError, *, as_json: bool, indent: i
     print(f"{program}: {error}", file=sys.stderr)
 
 
-FORMAT_NAMES = ("peft", "nvlabs", "mlx")
+FORMAT_NAMES = ("peft", "nvlabs", "mlx", "ai-toolkit", "onetrainer", "lycoris")
 """Those of `dora_serve.formats`, which is not imported before a command runs."""
 
 

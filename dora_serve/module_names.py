@@ -13,6 +13,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from dora_serve.names import find_flat, flat_names
+
 
 @dataclass(frozen=True)
 class FusedPart:
@@ -35,6 +37,7 @@ class ModuleNames:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.modules: Mapping[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
+        self._flat: dict[str, str | None] | None = None
         self._mapping: tuple[list[Any], list[Any]] | None = None
         self._state: dict[str, Tensor] = {}
 
@@ -51,7 +54,12 @@ class ModuleNames:
             return name.removeprefix(f"{prefix}.")
         renamed, pattern = self._rename(f"{name}.weight")
         module = renamed.rpartition(".")[0]
-        return module if pattern is None and module in self.modules else None
+        if pattern is None and module in self.modules:
+            return module
+        if self._flat is None:
+            self._flat = flat_names(f"{module}.weight" for module in self.modules)
+        flat = find_flat(f"{name}.weight", self._flat)
+        return flat.removesuffix(".weight") if flat else None
 
     def fused(self, name: str) -> FusedPart | None:
         """Where transformers puts the weight of a module that it fuses with its siblings; None where it does not."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -128,7 +128,7 @@ class ParameterNames:
                 break
             if shorter in self.base.tensors:
                 return shorter
-        return None
+        return find_flat(parameter, self._by_flat_name)
 
     def _origin(self, parameter: str) -> Origin | None:
         """Where transformers finds it, None where that is nowhere in this base (it was asked of the folder, and a base
@@ -144,6 +144,10 @@ class ParameterNames:
         return self.ask() if self.base.config.get("architectures") or self.base.config.get("model_type") else None
 
     @cached_property
+    def _by_flat_name(self) -> Mapping[str, str | None]:
+        return flat_names(self.base.tensors)
+
+    @cached_property
     def _by_suffix(self) -> Mapping[str, tuple[str, ...]]:
         index: dict[str, list[str]] = defaultdict(list)
         for name in self.base.tensors:
@@ -152,3 +156,24 @@ class ParameterNames:
                 rest = rest.partition(".")[2]
                 index[rest].append(name)
         return {suffix: tuple(names) for suffix, names in index.items()}
+
+
+def flat_names(names: Iterable[str]) -> dict[str, str | None]:
+    """From names with underscores for all dots but the last (`a_0_b.weight`) to the names; None where two share one."""
+    flat: dict[str, str | None] = {}
+    for name in names:
+        path, _, leaf = name.rpartition(".")
+        key = f"{path.replace('.', '_')}.{leaf}"
+        flat[key] = None if key in flat else name
+    return flat
+
+
+def find_flat(name: str, flat: Mapping[str, str | None]) -> str | None:
+    """What a name means whose path has underscores for dots, as kohya's have, with or without what stands before it."""
+    path, _, leaf = name.rpartition(".")
+    component, _, path = path.rpartition(".")
+    while "_" in path and "." not in component:
+        if (found := flat.get(f"{path}.{leaf}")) is not None:
+            return found
+        path = path.partition("_")[2]
+    return None

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dora_serve.adapter import Adapter
 from dora_serve.errors import AdapterError, no_such_path
-from dora_serve.formats import mlx, nvlabs, peft
+from dora_serve.formats import ai_toolkit, lycoris, mlx, nvlabs, onetrainer, peft
 from dora_serve.formats.files import CONFIG_NAME, open_weights
 from dora_serve.formats.options import ReadOptions
 
@@ -30,6 +30,9 @@ FORMATS: Mapping[str, Format] = {
     "peft": Format("PEFT", peft.sniff, peft.read),
     "nvlabs": Format("NVlabs DoRA", nvlabs.sniff, nvlabs.read),
     "mlx": Format("mlx-lm", mlx.sniff, mlx.read),
+    "ai-toolkit": Format("ai-toolkit", ai_toolkit.sniff, ai_toolkit.read),
+    "onetrainer": Format("OneTrainer", onetrainer.sniff, onetrainer.read),
+    "lycoris": Format("LyCORIS and kohya's sd-scripts", lycoris.sniff, lycoris.read),
 }
 """In the order in which they are tried."""
 

@@ -1,0 +1,203 @@
+"""The names that kohya's sd-scripts gave to LoRA files, which LyCORIS, OneTrainer and ai-toolkit share.
+
+A module is `lora_unet_` or the like and its path with underscores for dots; its tensors are `lora_up.weight`
+(out, r, 1..), `lora_down.weight` (r, in, *kernel), with Tucker's decomposition `lora_mid.weight` (r, r, *kernel), and
+`alpha`, a scalar: s = alpha / r, and 1 where alpha is 0 or missing. What a magnitude means is each trainer's own.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dora_serve.adapter import Adapter, Axis, LazyTensor, LoraWeights, Norm
+from dora_serve.errors import UnmergeableError
+from dora_serve.formats.factors import Roles, group, misfit, not_understood, pair
+from dora_serve.formats.files import Weights, find_weights, header, no_weights, open_weights, require_finite
+from dora_serve.formats.options import ReadOptions
+
+DIFFUSERS_NAME = "pytorch_lora_weights.safetensors"
+_ROLES: Roles = (
+    ("lora_down", re.compile(r"^(.+)\.lora_(?:down|A)(?:\.default)?\.weight$")),
+    ("lora_up", re.compile(r"^(.+)\.lora_(?:up|B)(?:\.default)?\.weight$")),
+    ("lora_mid", re.compile(r"^(.+)\.lora_mid\.weight$")),
+    ("alpha", re.compile(r"^(.+)\.alpha$")),
+    ("dora_scale", re.compile(r"^(.+)\.dora_scale$")),
+    ("magnitude", re.compile(r"^(.+)\.magnitude$")),
+)
+_COMPONENTS: Mapping[str, str] = {
+    "lora_unet_": "unet",
+    "lora_transformer_": "transformer",
+    "lora_prior_unet_": "prior",
+    "lora_te_": "text_encoder",
+    "lora_te1_": "text_encoder",
+    "lora_te2_": "text_encoder_2",
+    "lora_te3_": "text_encoder_3",
+}
+"""What begins a module's name, and the folder of the pipeline that the module is in."""
+
+_PREFIXES = ("lycoris_", "lora_")
+_OTHER_METHODS: Mapping[str, re.Pattern[str]] = {
+    "LoHa": re.compile(r"\.hada_(w[12]|t[12])"),
+    "LoKr": re.compile(r"\.lokr_(w[12]|t2)"),
+    "OFT or BOFT": re.compile(r"\.(oft_blocks|oft_diag|rescale)$"),
+    "GLoRA": re.compile(r"\.([ab][12])\.weight$"),
+    "(IA)^3": re.compile(r"\.on_input$"),
+    "a full difference": re.compile(r"\.(diff|diff_b|set_weight)$"),
+    "a trained norm": re.compile(r"\.(w_norm|b_norm)$"),
+    "a textual inversion": re.compile(r"(^|\.)(bundle_emb|emb_params|string_to_param)\b"),
+}
+
+ToNorm = Callable[[str, LazyTensor], tuple[LazyTensor, Norm]]
+"""From a module's name and its magnitude as stored to (out,) or (in,) values, and what they are set against."""
+
+
+def weights_file(path: Path) -> Path | None:
+    """The file that a folder or path of this kind holds its LoRA in."""
+    return find_weights(path, single=True) if not (path / DIFFUSERS_NAME).is_file() else path / DIFFUSERS_NAME
+
+
+def peek(path: Path) -> tuple[frozenset[str], Mapping[str, str]]:
+    """The last parts of the tensors' names, and the metadata, where the names are kohya's; else nothing."""
+    names, metadata = header(weights_file(path))
+    if not any(name.endswith((".lora_down.weight", ".lora_A.weight", *_MARKS)) for name in names):
+        return frozenset(), {}
+    return frozenset(name.rpartition(".")[2] for name in names) | {
+        "lora_down" for name in names if name.endswith(".lora_down.weight")
+    }, metadata
+
+
+_MARKS = (".hada_w1_a", ".lokr_w1", ".lokr_w1_a", ".oft_blocks", ".on_input", ".diff")
+
+
+def read_kohya(path: Path, options: ReadOptions, name: str, to_norm: Callable[[Weights], ToNorm]) -> Adapter:
+    """Read a file with these names for the trainer `name`; of the alpha that it does not hold, options' may say it.
+
+    Raises AdapterError, with every problem of the tensors at once, and UnmergeableError for other methods than LoRA.
+    """
+    file = weights_file(path)
+    if file is None:
+        raise no_weights(path, ("one .safetensors file",))
+    weights = open_weights(file, options.allow_pickle)
+    _require_lora(weights.tensors)
+    require_finite(weights)
+    parts = group(weights.tensors, _ROLES, module_name)
+    if parts.rest:
+        raise not_understood(parts.rest)
+    problems: list[str] = []
+    modules: list[LoraWeights] = []
+    notes: set[str] = set()
+    norms = to_norm(weights)
+    for module, found in parts.modules.items():
+        try:
+            modules.append(_of_module(module, found, options, norms))
+        except ValueError as error:
+            problems.append(str(error))
+            continue
+        notes.update(_notes(found))
+    if problems:
+        raise misfit(file, problems)
+    return Adapter(
+        path=path,
+        format=name,
+        modules=tuple(modules),
+        base=weights.metadata.get("ss_base_model_version"),
+        files=(file,),
+        config=dict(weights.metadata),
+        notes=tuple(sorted(notes)),
+    )
+
+
+def module_name(name: str) -> str:
+    """`lora_unet_down_blocks_0_...` -> `unet.down_blocks_0_...`; what lies where is for the base to say."""
+    for prefix, component in _COMPONENTS.items():
+        if name.startswith(prefix):
+            return f"{component}.{name.removeprefix(prefix)}"
+    return next((name.removeprefix(prefix) for prefix in _PREFIXES if name.startswith(prefix)), name)
+
+
+def by_shape(module: str, magnitude: LazyTensor, eps: float) -> tuple[LazyTensor, Norm]:
+    """A magnitude whose shape says whose it is: (n, 1, ..) the outputs', (1, n, ..) the inputs'.
+
+    Raises ValueError where it says neither.
+    """
+    shape, count = magnitude.shape, prod(magnitude.shape)
+    ones = sum(size == 1 for size in shape)
+    axis: Axis
+    if len(shape) >= 2 and count and (shape[0] == count):
+        axis = "out"
+    elif len(shape) >= 2 and count and shape[1] == count and ones == len(shape) - 1:
+        axis = "in"
+    else:
+        raise ValueError(f"{module}: dora_scale {list(shape)}, wanted [out, 1, ..] or [1, in, ..]")
+    return magnitude.map((count,), torch.flatten), Norm(axis=axis, eps=eps)
+
+
+def _require_lora(tensors: Mapping[str, LazyTensor]) -> None:
+    for method, pattern in _OTHER_METHODS.items():
+        found = [name for name in tensors if pattern.search(name)]
+        if found:
+            more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+            raise UnmergeableError(
+                f"The adapter holds {method} ({found[0]}{more}), and of the methods with these names only LoRA and "
+                "DoRA are merged here.",
+                remedy="Merge it with the library that trained it.",
+                tensors=found,
+            )
+
+
+def _of_module(module: str, found: Mapping[str, LazyTensor], options: ReadOptions, to_norm: ToNorm) -> LoraWeights:
+    if "lora_down" not in found or "lora_up" not in found:
+        raise ValueError(f"{module}: has {', '.join(sorted(found))}, wanted lora_down and lora_up")
+    down, up, mid = found["lora_down"], found["lora_up"], found.get("lora_mid")
+    if mid is not None:
+        down = _tucker(module, mid, down)
+    both = pair(module, down, up, ("lora_down", "lora_up"))
+    weights = LoraWeights(module, both.kind, both.lora_A, both.lora_B, _scaling(module, found, both.rank, options))
+    stored = found.get("dora_scale") or found.get("magnitude")
+    if stored is None:
+        return weights
+    magnitude, norm = to_norm(module, stored)
+    channels = both.lora_B.shape[0] if norm.axis != "in" else down.shape[1]
+    if magnitude.shape[0] != channels:
+        sides = f"{both.lora_B.shape[0]} outputs and {down.shape[1]} inputs"
+        raise ValueError(f"{module}: magnitudes {list(stored.shape)} for {sides}")
+    return replace(weights, magnitude=magnitude, norm=norm)
+
+
+def _tucker(module: str, mid: LazyTensor, down: LazyTensor) -> LazyTensor:
+    """lora_A (r, in, *kernel) of a LoRA whose lora_down has a kernel of 1 and whose lora_mid has the layer's."""
+    rank, inner, *kernel = mid.shape if len(mid.shape) > 2 else (0, 0)
+    if not rank or down.shape[0] != inner or len(down.shape) < 2 or prod(down.shape[2:]) != 1:
+        raise ValueError(f"{module}: lora_mid {list(mid.shape)} and lora_down {list(down.shape)} do not fit")
+    width = down.shape[1]
+
+    def product() -> Tensor:
+        core, columns = mid.load().double(), down.load().double().flatten(1)
+        return torch.einsum("pq...,qi->pi...", core, columns)
+
+    return LazyTensor((rank, width, *kernel), torch.float64, product)
+
+
+def _scaling(module: str, found: Mapping[str, LazyTensor], rank: int, options: ReadOptions) -> float:
+    alpha = found.get("alpha")
+    if alpha is None:
+        return 1.0 if options.lora_alpha is None else options.lora_alpha / rank
+    if prod(alpha.shape) != 1:
+        raise ValueError(f"{module}: alpha {list(alpha.shape)}, wanted a scalar")
+    value = float(alpha.load())
+    return value / rank if value else 1.0
+
+
+def _notes(found: Mapping[str, LazyTensor]) -> Iterator[str]:
+    if "alpha" not in found:
+        yield "Modules without an alpha are scaled by 1, as every reader of these files has it."
+    scale = found.get("dora_scale")
+    if scale is not None and len(scale.shape) == 1:
+        yield "A dora_scale of one dimension is a magnitude of PEFT under another name: it is taken for the outputs'."
