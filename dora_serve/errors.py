@@ -42,7 +42,11 @@ class OutputError(DoraServeError):
 
 
 class HubError(DoraServeError):
-    """A Hub repository cannot be had: no network, no such repository, no permission."""
+    """A Hub repository cannot be had or written to: no network, no such repository, no permission, no space."""
+
+
+class PublishError(DoraServeError):
+    """A folder that must not be published: unproven, changed since it was written, or with files that do not belong."""
 
 
 class UnavailableError(DoraServeError):

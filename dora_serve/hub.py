@@ -11,7 +11,6 @@ import glob
 import os
 import re
 import shutil
-import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ from dora_serve.hub_files import (
     choose_weights,
     require_plain_names,
 )
-from dora_serve.progress import OnProgress, Progress, ignore_progress
+from dora_serve.progress import Meter, OnProgress, ignore_progress
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -56,10 +55,12 @@ class Located:
 
 
 @dataclass(frozen=True)
-class _Repository:
-    id: str
-    revision: str | None
-    subfolder: str | None
+class HubSpec:
+    """The parts of `user/name[@revision][:folder]`."""
+
+    repo_id: str
+    revision: str | None = None
+    subfolder: str | None = None
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def locate(spec: str, *, what: What, revision: str | None = None, on_progress: O
         return Located(Path(path), spec, None, None)
     if spec.startswith((".", "/", "~")) or Path(spec).is_absolute():
         raise error(no_such_path(f"The {what}", Path(spec)), remedy="Check the path.", spec=spec)
-    repository = _parse(spec, revision)
+    repository = split_spec(spec, revision)
     if repository is None:
         raise error(
             f"The {what} {spec!r} is not to be found: there is no folder {spec!r} here, and {spec!r} is not a Hub id "
@@ -114,23 +115,23 @@ def locate(spec: str, *, what: What, revision: str | None = None, on_progress: O
     try:
         folder, commit = _fetch(repository, what, on_progress)
     except Exception as problem:
-        translated = translate(problem, repo_id=repository.id, revision=repository.revision)
+        translated = translate(problem, repo_id=repository.repo_id, revision=repository.revision)
         if translated is None:
             raise
         raise translated from problem
-    return Located(folder, spec, repository.id, commit)
+    return Located(folder, spec, repository.repo_id, commit)
 
 
 def hub_repository(spec: str) -> str | None:
     """The repository (user/name) that `locate` would ask the Hub for, None for a path or what is no such name."""
     if not spec or spec.startswith((".", "/", "~")) or os.path.exists(os.path.expanduser(spec)):
         return None
-    repository = _parse(spec, None)
-    return repository.id if repository else None
+    repository = split_spec(spec)
+    return repository.repo_id if repository else None
 
 
-def _parse(spec: str, revision: str | None) -> _Repository | None:
-    """The Hub repository that `spec` names, None where it is no such name."""
+def split_spec(spec: str, revision: str | None = None) -> HubSpec | None:
+    """The Hub repository that `spec` names, None where it is no such name. Raises HubError for two revisions."""
     match = _HUB_SPEC.fullmatch(spec)
     if match is None:
         return None
@@ -146,28 +147,28 @@ def _parse(spec: str, revision: str | None) -> _Repository | None:
         return None
     if subfolder is not None and {"", ".", ".."} & set(subfolder.split("/")):
         return None
-    return _Repository(repo_id, revision, subfolder)
+    return HubSpec(repo_id, revision, subfolder)
 
 
-def _fetch(repository: _Repository, what: What, on_progress: OnProgress) -> tuple[Path, str]:
+def _fetch(repository: HubSpec, what: What, on_progress: OnProgress) -> tuple[Path, str]:
     """The folder in the cache and its commit, after what it lacks has been fetched."""
     from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
 
     snapshot = _look_up(HfApi(library_name="dora-serve"), repository)
-    require_plain_names(snapshot.sizes, repository.id)
+    require_plain_names(snapshot.sizes, repository.repo_id)
     try:
         wanted = _wanted(repository, snapshot, what)
     except DoraServeError:
         if snapshot.whole or snapshot.unreachable is None:
             raise
         raise snapshot.unreachable from None
-    cached = {name: try_to_load_from_cache(repository.id, name, revision=snapshot.commit) for name in wanted}
+    cached = {name: try_to_load_from_cache(repository.repo_id, name, revision=snapshot.commit) for name in wanted}
     total = sum(snapshot.sizes[name] for name, found in cached.items() if not isinstance(found, str))
     if snapshot.unreachable is None:
-        _require_room(total, repository.id)
-    meter = _Meter(f"fetching {repository.id}", total, on_progress)
+        _require_room(total, repository.repo_id)
+    meter = Meter(f"fetching {repository.repo_id}", total, on_progress)
     root = snapshot_download(
-        repository.id,
+        repository.repo_id,
         revision=snapshot.commit,
         allow_patterns=[glob.escape(name) for name in wanted],
         local_files_only=snapshot.unreachable is not None,
@@ -177,30 +178,30 @@ def _fetch(repository: _Repository, what: What, on_progress: OnProgress) -> tupl
     return Path(root, repository.subfolder or ""), snapshot.commit
 
 
-def _look_up(api: HfApi, repository: _Repository) -> _Snapshot:
+def _look_up(api: HfApi, repository: HubSpec) -> _Snapshot:
     """Ask the Hub which commit is meant and what it holds; the cache, where the Hub does not answer."""
     import httpx2
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RevisionResolutionError
 
     commit = None
     with contextlib.suppress(RevisionResolutionError):
-        commit = api.resolve_revision(repository.id, revision=repository.revision, local_files_only=True).resolved
+        commit = api.resolve_revision(repository.repo_id, revision=repository.revision, local_files_only=True).resolved
     try:
-        info = api.model_info(repository.id, revision=repository.revision, files_metadata=True, timeout=_PATIENCE)
+        info = api.model_info(repository.repo_id, revision=repository.revision, files_metadata=True, timeout=_PATIENCE)
     except (httpx2.TransportError, OfflineModeIsEnabled, HfHubHTTPError) as error:
         if commit is None or (isinstance(error, HfHubHTTPError) and error.response.status_code < 500):
             raise
-        return _look_up_in_cache(repository.id, commit, error)
+        return _look_up_in_cache(repository.repo_id, commit, error)
     if info.sha is None:
         raise HubError(
-            f"The Hub did not say which commit of {repository.id!r} is meant.",
+            f"The Hub did not say which commit of {repository.repo_id!r} is meant.",
             remedy="Check HF_ENDPOINT, if it is set: it must speak the Hub's protocol.",
-            repo_id=repository.id,
+            repo_id=repository.repo_id,
         )
     if info.sha != commit:
         # Writes the commit down beside the name, for a later run without a network.
         with contextlib.suppress(RevisionResolutionError, httpx2.TransportError, HfHubHTTPError):
-            api.resolve_revision(repository.id, revision=repository.revision)
+            api.resolve_revision(repository.repo_id, revision=repository.revision)
     return _Snapshot(info.sha, {file.rfilename: file.size or 0 for file in info.siblings or ()})
 
 
@@ -223,23 +224,23 @@ def _look_up_in_cache(repo_id: str, commit: str, unreachable: Exception) -> _Sna
     return _Snapshot(commit, present, unreachable, whole=False)
 
 
-def _wanted(repository: _Repository, snapshot: _Snapshot, what: What) -> list[str]:
+def _wanted(repository: HubSpec, snapshot: _Snapshot, what: What) -> list[str]:
     """The files to fetch, named from the repository's top."""
     from huggingface_hub import hf_hub_download
 
     prefix = f"{repository.subfolder}/" if repository.subfolder else ""
     names = [name.removeprefix(prefix) for name in snapshot.sizes if name.startswith(prefix)]
-    weights = choose_weights(names, what, repository.id)
+    weights = choose_weights(names, what, repository.repo_id)
     chosen = [weights, *choose_side_files(names, what)]
     if weights.endswith(INDEX_SUFFIX):
         index = hf_hub_download(
-            repository.id,
+            repository.repo_id,
             prefix + weights,
             revision=snapshot.commit,
             local_files_only=snapshot.unreachable is not None,
             tqdm_class=_bar_class(lambda _: None),
         )
-        chosen += choose_shards(Path(index).read_text(encoding="utf-8", errors="replace"), names, repository.id)
+        chosen += choose_shards(Path(index).read_text(encoding="utf-8", errors="replace"), names, repository.repo_id)
     return [prefix + name for name in chosen]
 
 
@@ -251,31 +252,6 @@ def _require_room(total: int, repo_id: str) -> None:
     if total > free:
         message, remedy = no_room(repo_id, f"got {free / 1e9:.2f} GB free, wanted {total / 1e9:.2f} GB")
         raise HubError(message, remedy=remedy, repo_id=repo_id)
-
-
-class _Meter:
-    """Adds up the bytes of transfers that run side by side, and reports them one at a time."""
-
-    def __init__(self, stage: str, total: int, on_progress: OnProgress) -> None:
-        self._stage, self._total, self._on_progress = stage, total, on_progress
-        self._done = 0
-        self._lock = threading.Lock()
-
-    def advance(self, count: int) -> None:
-        with self._lock:
-            # Kept within its bounds: a transfer that starts over is counted twice, a file shared by two commits never.
-            self._done = max(0, min(self._done + count, self._total))
-            self._report()
-
-    def finish(self) -> None:
-        with self._lock:
-            if self._done < self._total:
-                self._done = self._total
-                self._report()
-
-    def _report(self) -> None:
-        if self._total:
-            self._on_progress(Progress(self._stage, self._done, self._total))
 
 
 def _bar_class(advance: Callable[[int], None]) -> type[tqdm]:

@@ -5,12 +5,14 @@ Nothing heavy is imported until a command runs, so `--help` answers at once.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from dora_serve import __version__
-from dora_serve.console import CommandParser, run_command
-from exporters.commands import demo_base, inspect, merge, verify
+from dora_serve.console import EXIT_INTERRUPTED, CommandParser, run_command
+from exporters.commands import demo_base, inspect, merge, push, verify
 
 
 def build_parser() -> CommandParser:
@@ -23,10 +25,11 @@ def build_parser() -> CommandParser:
     merge.add(commands)
     verify.add(commands)
     inspect.add(commands)
+    push.add(commands)
     demo_base.add(commands)
     parser.set_defaults(
         misused=lambda _: None,
-        when_interrupted="Interrupted: nothing was written, and nothing was changed.",
+        when_interrupted=lambda _: "Interrupted: nothing was written, and nothing was changed.",
     )
     return parser
 
@@ -44,9 +47,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "dora-export",
         lambda: int(options.run(options)),
         as_json=options.json,
-        when_interrupted=options.when_interrupted,
+        when_interrupted=options.when_interrupted(options),
     )
 
 
+def program() -> NoReturn:
+    """What the installed command runs: `main`, and then no waiting for transfers that Ctrl-C gave up."""
+    code = main()
+    if code == EXIT_INTERRUPTED:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # the interpreter would wait for the threads of huggingface_hub, and they for the network
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

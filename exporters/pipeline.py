@@ -114,8 +114,8 @@ def run_export(request: ExportRequest, on_progress: OnProgress = ignore_progress
             plan,
             provenance,
             exporter=request.to,
-            output_hashes=hash_files(written, on_progress) if request.verify else None,
-            sizes={str(path.relative_to(folder)): path.stat().st_size for path in written},
+            output_hashes=hash_files(written, on_progress, root=folder) if request.verify else None,
+            sizes={path.relative_to(folder).as_posix(): path.stat().st_size for path in written},
             verification=verification.to_json() if verification else None,
             artifacts=exported.values,
         )

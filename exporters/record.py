@@ -30,8 +30,12 @@ class Provenance:
     base_hashes: Mapping[str, str] | None = None
 
 
-def hash_files(paths: Iterable[Path], on_progress: OnProgress = ignore_progress) -> dict[str, str]:
-    """sha256 of each file, by name. Two files at a time: hashing leaves the interpreter's lock."""
+def hash_files(
+    paths: Iterable[Path], on_progress: OnProgress = ignore_progress, *, root: Path | None = None
+) -> dict[str, str]:
+    """sha256 of each file, by its path from `root`, or by its name alone. Two at a time: hashing leaves the
+    interpreter's lock.
+    """
     files = list(paths)
     total, done = sum(path.stat().st_size for path in files), 0
 
@@ -46,7 +50,8 @@ def hash_files(paths: Iterable[Path], on_progress: OnProgress = ignore_progress)
         return sha.hexdigest()
 
     with ThreadPoolExecutor(2) as pool:
-        return dict(zip((path.name for path in files), pool.map(digest, files), strict=True))
+        names = (path.relative_to(root).as_posix() if root else path.name for path in files)
+        return dict(zip(names, pool.map(digest, files), strict=True))
 
 
 def safetensors_metadata(plan: MergePlan, provenance: Provenance) -> dict[str, str]:
@@ -90,6 +95,7 @@ def record(
             **_source(provenance.adapter, provenance.adapter_hashes),
             "format": plan.adapter.format,
             "method": plan.adapter.method,
+            "trained_on": plan.adapter.base,
         },
         "dtypes": summary["dtypes"],
         "actions": summary["actions"],

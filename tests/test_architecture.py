@@ -179,7 +179,7 @@ def _python(source: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", source], cwd=ROOT, capture_output=True, text=True, check=False)
 
 
-COMMANDS = [("exporters.cli", command) for command in ("", "merge", "verify", "inspect", "demo-base")]
+COMMANDS = [("exporters.cli", command) for command in ("", "merge", "verify", "inspect", "push", "demo-base")]
 COMMANDS += [("dora_serve.cli", command) for command in ("", "generate", "app")]
 
 

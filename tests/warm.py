@@ -23,7 +23,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -81,15 +81,18 @@ class Warm:
         *faults: Fault,
         kill_after: float | None = None,
         exchange: bool = True,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         """Start a run. kill_after: seconds until SIGKILL, counted from the fork. exchange: whether the system can
-        exchange two folders in one step."""
+        exchange two folders in one step. environment: what of it is another one; huggingface_hub is not imported
+        before the fork, and reads it then."""
         job = {
             "arguments": [str(argument) for argument in arguments],
             "faults": [asdict(fault) for fault in faults],
             "kill_after": kill_after,
             "exchange": exchange,
             "folder": str(self._folder),
+            "environment": dict(environment or {}),
         }
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(job) + "\n")
@@ -119,6 +122,7 @@ def _serve() -> None:
 
     assert torch.get_num_threads() == 1
     assert threading.active_count() == 1
+    assert "huggingface_hub.constants" not in sys.modules
     gc.freeze()  # or the first collection in every fork touches, and so copies, all that was imported
     answers = os.fdopen(os.dup(1), "w")
     for line in sys.stdin:
@@ -139,6 +143,7 @@ def _run(job: dict[str, Any], main: Callable[[Sequence[str]], int]) -> None:
     code = 70
     try:
         folder = Path(job["folder"])
+        os.environ.update(job["environment"])
         for descriptor, name in ((1, "output"), (2, "errors")):
             file = os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(file, descriptor)
