@@ -39,7 +39,7 @@ def traces(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def trace(folder: Path, architecture: str, *_: Any) -> Skeleton:
         told.append(architecture)
-        return Skeleton({"model.onnx": b""}, (), (), 0)
+        return Skeleton({"model.onnx": b""}, (), (), 0, {})
 
     monkeypatch.setattr("exporters.onnx.export._trace", trace)
     return told

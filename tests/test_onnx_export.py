@@ -293,11 +293,11 @@ def test_an_empty_folder(tmp_path: Path) -> None:
 def test_missing_packages_are_named_with_the_command(
     case: Callable[[str], Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    made = case("llama")
     found = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name in ("onnxscript", "onnxruntime") else found(name)
     )
-    made = case("llama")
     with pytest.raises(UnavailableError, match=r"onnxscript.*pip install 'dora-serve\[onnx\]'"):
         export_onnx(made.model, tmp_path)
     with pytest.raises(UnavailableError, match=r"onnxruntime.*pip install 'dora-serve\[onnx\]'"):

@@ -123,6 +123,7 @@ def export_onnx(
         else:
             tell(f"taking the graph of {architecture} from the cache")
             skeleton = Skeleton.from_bytes(kept)
+        weights.require_whole(skeleton.shapes, architecture)
         tell("writing the weights")
         size = write_folder(skeleton, weights, out_folder, metadata or {})
     return OnnxExport(
@@ -149,6 +150,8 @@ def _trace(model_folder: Path, architecture: str, weights: StoredWeights, option
     models: dict[str, onnx_ir.Model] = {}
     with torch.no_grad():
         model = empty_model(model_folder, getattr(torch, options.dtype), weights, mode)
+        named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+        shapes = {name: tuple(tensor.shape) for name, tensor in named}
         with mode:
             graphs = traceables(model)
         for file, graph in graphs.items():
@@ -157,7 +160,7 @@ def _trace(model_folder: Path, architecture: str, weights: StoredWeights, option
             if options.bits:
                 notes += quantize_graph(traced, options.bits)
             models[file] = traced
-    return make_skeleton(models, tuple(dict.fromkeys(notes)))
+    return make_skeleton(models, shapes, tuple(dict.fromkeys(notes)))
 
 
 def _facts(model_folder: Path, architecture: str, weights: StoredWeights, options: OnnxOptions) -> dict[str, object]:

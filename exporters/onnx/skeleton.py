@@ -50,6 +50,7 @@ class GraphFacts:
 @dataclass(frozen=True)
 class Skeleton:
     """graphs: serialized ModelProtos by file name. places: of all their weights, by offset. nbytes: of the data file.
+    shapes: of the parameters that the weights are made of, by run-time name.
 
     notes: what a user should know of how the graphs were made.
     """
@@ -58,6 +59,7 @@ class Skeleton:
     facts: tuple[GraphFacts, ...]
     places: tuple[Place, ...]
     nbytes: int
+    shapes: Mapping[str, tuple[int, ...]]
     notes: tuple[str, ...] = ()
 
     def to_bytes(self) -> bytes:
@@ -66,6 +68,7 @@ class Skeleton:
             "facts": [asdict(facts) for facts in self.facts],
             "places": [asdict(place) for place in self.places],
             "nbytes": self.nbytes,
+            "shapes": self.shapes,
             "notes": self.notes,
         }
         return json.dumps(header).encode() + b"\n" + b"".join(self.graphs.values())
@@ -87,12 +90,18 @@ class Skeleton:
             ),
             places=tuple(Place(**{**one, "shape": tuple(one["shape"])}) for one in values["places"]),
             nbytes=values["nbytes"],
+            shapes={name: tuple(shape) for name, shape in values["shapes"].items()},
             notes=tuple(values["notes"]),
         )
 
 
-def make_skeleton(models: Mapping[str, onnx_ir.Model], notes: tuple[str, ...] = ()) -> Skeleton:
-    """Give every weight its place, and serialize. The models are changed: their weights become external."""
+def make_skeleton(
+    models: Mapping[str, onnx_ir.Model], shapes: Mapping[str, tuple[int, ...]], notes: tuple[str, ...] = ()
+) -> Skeleton:
+    """Give every weight its place, and serialize. The models are changed: their weights become external.
+
+    shapes: of all parameters, by run-time name.
+    """
     import onnx_ir
 
     places: dict[str, Place] = {}
@@ -114,7 +123,8 @@ def make_skeleton(models: Mapping[str, onnx_ir.Model], notes: tuple[str, ...] = 
                 DATA_FILE, place.offset, place.nbytes, value.dtype, shape=value.shape, name=name, base_dir=""
             )
     serialized = {file: onnx_ir.to_proto(model).SerializeToString(deterministic=True) for file, model in models.items()}
-    return Skeleton(serialized, tuple(_facts(models)), tuple(places.values()), end, notes)
+    read = {place.form.parameter: shapes[place.form.parameter] for place in places.values()}
+    return Skeleton(serialized, tuple(_facts(models)), tuple(places.values()), end, read, notes)
 
 
 def _facts(models: Mapping[str, onnx_ir.Model]) -> Iterator[GraphFacts]:
