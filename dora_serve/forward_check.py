@@ -47,7 +47,7 @@ from dora_serve.checkpoint import open_checkpoint, read_json
 from dora_serve.comparison import Comparison, Tolerance, compare, dtype_name, scale_of
 from dora_serve.errors import CheckpointError, DoraServeError, PlanError, UnavailableError
 from dora_serve.progress import OnProgress, Progress, ignore_progress
-from dora_serve.prompts import Sample, make_samples, read_prompts
+from dora_serve.prompts import Sample, make_samples, read_prompts, room_for
 from dora_serve.quiet import quiet_transformers
 from dora_serve.reference import Attached, attach_adapter
 
@@ -508,14 +508,18 @@ def _greedy(model: Any, sample: Sample, count: int) -> list[int]:
     """Tokens that the model goes on with, the most likely one each time, up to and with an end token."""
     if sample.grows is None:
         return []
+    room = room_for(model, sample)
+    count = count if room is None else min(count, room)
     ends = _end_tokens(model)
     tokens: list[int] = []
-    output = _call(model, sample.inputs, use_cache=True)
+    # Models that see keep positions of the last picture between calls, which a cached step would take for its own.
+    cached = getattr(model.config, "vision_config", None) is None
+    output = _call(model, sample.inputs, use_cache=cached)
     while len(tokens) < count:
         tokens.append(int(output.logits[0, -1].argmax()))
         if tokens[-1] in ends or len(tokens) == count:
             break
-        cache = getattr(output, "past_key_values", None)
+        cache = getattr(output, "past_key_values", None) if cached else None
         if cache is None:
             output = _call(model, sample.continued(tokens).inputs)
             continue

@@ -25,6 +25,9 @@ _RENAMES: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"^(.*)\.mlp\.(experts|gate)\.(.*)$"), r"\1.block_sparse_moe.\2.\3"),
 )
 
+# What versions of transformers put around the parts of a model that sees, in front of names and inside them.
+_WRAPPERS = re.compile(r"^((language_)?model\.)+|(?<=vision_tower\.)vision_model\.")
+
 # Per-expert names of (gate, up, down) under `experts.<e>.`, as checkpoints of the two styles store them.
 _EXPERT_LEAVES: Mapping[str, tuple[tuple[str, ...], ...]] = {
     "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
@@ -128,7 +131,8 @@ class ParameterNames:
                 break
             if shorter in self.base.tensors:
                 return shorter
-        return find_flat(parameter, self._by_flat_name)
+        unwrapped = self._by_unwrapped.get(_unwrap(parameter), ())
+        return unwrapped[0] if len(unwrapped) == 1 else find_flat(parameter, self._by_flat_name)
 
     def _origin(self, parameter: str) -> Origin | None:
         """Where transformers finds it, None where that is nowhere in this base (it was asked of the folder, and a base
@@ -157,6 +161,13 @@ class ParameterNames:
                 index[rest].append(name)
         return {suffix: tuple(names) for suffix, names in index.items()}
 
+    @cached_property
+    def _by_unwrapped(self) -> Mapping[str, tuple[str, ...]]:
+        index: dict[str, list[str]] = defaultdict(list)
+        for name in self.base.tensors:
+            index[_unwrap(name)].append(name)
+        return {unwrapped: tuple(names) for unwrapped, names in index.items()}
+
 
 def flat_names(names: Iterable[str]) -> dict[str, str | None]:
     """From names with underscores for all dots but the last (`a_0_b.weight`) to the names; None where two share one."""
@@ -177,3 +188,12 @@ def find_flat(name: str, flat: Mapping[str, str | None]) -> str | None:
             return found
         path = path.partition("_")[2]
     return None
+
+
+def _unwrap(name: str) -> str:
+    """The name without wrappers: equal for one parameter in transformers before 4.52, before 5, and since."""
+    while True:
+        shorter = _WRAPPERS.sub("", name)
+        if shorter == name:
+            return name
+        name = shorter

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dora_serve.errors import DoraServeError, no_such_path
+from dora_serve.pictures import picture_inputs
 
 BUILT_IN_PROMPTS: tuple[str, ...] = (
     "The river rises in the hills above the town and reaches the sea after ninety kilometres.",
@@ -39,6 +40,7 @@ _TOKENIZER_FILES = (
 )
 _RANDOM_LENGTHS = (9, 12, 16, 20, 24, 11, 17, 32)
 _SEED = 2402_09353
+_PICTURES = 2
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,15 @@ def make_samples(model: Any, folder: Path, prompts: tuple[str, ...] | None, toke
             ids.append([int(index) for index in token_rows[:64]])
             description += " and the trained tokens"
         samples = [_text_sample(model, one, accepted, generates) for one in ids]
-    if main == "input_ids" and not generates and hasattr(model.config, "vision_config") and "pixel_values" in accepted:
+    if generates and main == "input_ids":
+        # Of these no continuation is asked for: the picture would have to be left out of the later steps.
+        words = [sample.token_ids.tolist()[:12] for sample in samples[:_PICTURES]]
+        seen = [picture_inputs(model, one, number) for number, one in enumerate(words)]
+        found = [Sample(inputs) for inputs in seen if inputs is not None]
+        if found:
+            samples += found
+            description += f" and {len(found)} with a seeded random picture"
+    elif main == "input_ids" and hasattr(model.config, "vision_config") and "pixel_values" in accepted:
         pictures = [_pixels(model.config.vision_config, number) for number in range(len(samples))]
         samples = [
             Sample({**sample.inputs, "pixel_values": picture}, sample.grows, sample.prompt_length)
@@ -197,8 +207,17 @@ def _within(model: Any, ids: list[list[int]]) -> list[list[int]]:
     """
     room = _text_config(model, "max_position_embeddings")
     rows = _vocabulary(model)
-    limit = max(2, int(room) - 32) if isinstance(room, int) and room > 0 else 2048
+    limit = max(2, room - 32, room // 2) if isinstance(room, int) and room > 0 else 2048
     return [[token % rows for token in sequence[:limit]] for sequence in ids]
+
+
+def room_for(model: Any, sample: Sample) -> int | None:
+    """How many tokens more the model has positions for, None where it does not say."""
+    for name in ("max_target_positions", "max_position_embeddings"):
+        room = _text_config(model, name)
+        if isinstance(room, int) and room > 0:
+            return max(0, room - sample.prompt_length)
+    return None
 
 
 def _random_ids(model: Any) -> list[list[int]]:

@@ -326,7 +326,11 @@ class _Attachment:
             return
         self.taken[name] = weights.module
         parent = self.names.modules.get(name.rpartition(".")[0])
-        if isinstance(module, nn.MultiheadAttention) or isinstance(parent, nn.MultiheadAttention):
+        if isinstance(parent, nn.MultiheadAttention):
+            # It reads the weight of its out_proj and never runs it, so what wraps that has no part in the forward.
+            self.attached.modules += (name,)
+            return
+        if isinstance(module, nn.MultiheadAttention):
             self.problem(
                 weights.module,
                 "an adapter on nn.MultiheadAttention",

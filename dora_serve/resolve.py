@@ -126,6 +126,9 @@ def _add_lora(draft: _Draft, module: LoraWeights) -> None:
     if not places:
         draft.not_found(module.module, parameter)
         return
+    if _is_never_run(draft, module):
+        draft.notes.append(f"{module.module} is left as it is: an nn.MultiheadAttention only reads its weight.")
+        return
     magnitude, by_input = module.magnitude, module.norm.axis == "in"
     if by_input and (len(places) > 1 or places[0].tensor_parts > 1):
         draft.problem(
@@ -193,6 +196,13 @@ def _scale_bias(draft: _Draft, module: LoraWeights, places: tuple[Place, ...]) -
         return
     for bias, weight in zip(biases, places, strict=True):
         draft.scales[bias.tensor].append((weight.tensor, draft.loras[weight.tensor][-1]))
+
+
+def _is_never_run(draft: _Draft, module: LoraWeights) -> bool:
+    """Whether this is the out_proj of an nn.MultiheadAttention, which "all-linear" of PEFT wraps: the attention takes
+    the base's weight from there, so the update took no part in any forward, and has not been trained."""
+    owner, _, leaf = module.module.rpartition(".")
+    return leaf == "out_proj" and bool(draft.names.find(f"{owner}.in_proj_weight"))
 
 
 def _stops(draft: _Draft, places: tuple[Place, ...], out: int) -> list[int]:

@@ -1,0 +1,183 @@
+"""A tiny seeded model of each family's real architecture class, and what an adapter on it trains. None of our code.
+
+docs/families.md is this list; a test compares the two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from tests.cases import SIZES, build, noise, token_pairs, tokens, vary
+
+CAUSAL, SEQ2SEQ, VLM = "AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForImageTextToText"
+DORA = {"target_modules": "all-linear", "use_dora": True}
+LORA = {"target_modules": "all-linear"}
+LONGER = {**SIZES, "max_position_embeddings": 64}
+GPT2 = {"vocab_size": 40, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64, "pad_token_id": 0}
+BERT = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+BERT |= {"max_position_embeddings": 64, "pad_token_id": 0}
+FALCON = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+EXPERTS = {**LONGER, "num_experts": 3, "num_local_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
+EXPERTS |= {"shared_expert_intermediate_size": 20, "decoder_sparse_step": 1}
+FUSED = {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+T5 = {"vocab_size": 40, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2}
+T5 |= {"decoder_start_token_id": 0}
+BART = {"vocab_size": 40, "d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2}
+BART |= {"decoder_attention_heads": 2, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "max_position_embeddings": 64}
+WHISPER = {**BART, "max_source_positions": 16, "max_target_positions": 24, "num_mel_bins": 4}
+WHISPER |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+VISION |= {"image_size": 16, "patch_size": 8}
+TEXT = {**LONGER, "pad_token_id": None, "tie_word_embeddings": False}
+QWEN_MARKS = {"image_token_id": 38, "video_token_id": 37, "vision_start_token_id": 36, "vision_end_token_id": 35}
+QWEN_VISION = {"depth": 2, "hidden_size": 16, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 2}
+QWEN_VISION |= {"temporal_patch_size": 2, "in_channels": 3}
+CLIP = {**LONGER, "projection_dim": 8, "num_hidden_layers": 2}
+
+
+@dataclass(frozen=True)
+class Family:
+    """One row of the table.
+
+    name: of the family; trained: what the adapter trains, in words; config: that as LoraConfig takes it. inputs: for
+    the oracle's forward. unreached: adapted modules that no forward of the class runs.
+    """
+
+    name: str
+    trained: str
+    model: Callable[[], Any]
+    config: Mapping[str, Any]
+    inputs: Callable[[nn.Module], dict[str, Tensor]] = tokens
+    unreached: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.name}, {self.trained}"
+
+
+def pixels(_: nn.Module) -> dict[str, Tensor]:
+    return {"pixel_values": noise(2, 3, 16, 16)}
+
+
+def speech(model: nn.Module) -> dict[str, Tensor]:
+    return {"input_features": noise(2, 4, 32), "decoder_input_ids": token_pairs(model)["decoder_input_ids"]}
+
+
+def picture_and_words(_: nn.Module) -> dict[str, Tensor]:
+    """38 is the picture's token; one of 16 pixels has four patches."""
+    return {"input_ids": torch.tensor([[1, 38, 38, 38, 38, 5, 9, 3, 2]]), "pixel_values": noise(1, 3, 16, 16)}
+
+
+def patches_and_words(_: nn.Module) -> dict[str, Tensor]:
+    ids = torch.tensor([[1, 36, 38, 38, 38, 38, 35, 5, 9, 3, 2]])
+    patches = {"pixel_values": noise(16, 3 * 2 * 16), "image_grid_thw": torch.tensor([[1, 4, 4]])}
+    return {"input_ids": ids, "mm_token_type_ids": (ids == 38).int(), **patches}
+
+
+def llava() -> Any:
+    vision = {**VISION, "model_type": "clip_vision_model"}
+    config = {"text_config": {**TEXT, "model_type": "llama"}, "vision_config": vision, "image_token_id": 38}
+    return build(VLM, "llava", **config, tie_word_embeddings=False)
+
+
+def qwen_vl(model_type: str, rope: Mapping[str, Any], **vision: Any) -> Any:
+    text = {**TEXT, "rope_scaling": {**rope, "mrope_section": [1, 1, 2]}}
+    config = {"text_config": text, "vision_config": {**QWEN_VISION, **vision}, **QWEN_MARKS}
+    return build(VLM, model_type, **config, tie_word_embeddings=False)
+
+
+def qwen2_vl() -> Any:
+    return qwen_vl("qwen2_vl", {"type": "mrope"}, embed_dim=16, mlp_ratio=2)
+
+
+def qwen2_5_vl() -> Any:
+    windows = {"window_size": 8, "fullatt_block_indexes": [1]}
+    return qwen_vl("qwen2_5_vl", {"type": "mrope"}, out_hidden_size=16, intermediate_size=24, **windows)
+
+
+def qwen3_vl() -> Any:
+    extra = {"deepstack_visual_indexes": [0], "num_position_embeddings": 16}
+    return qwen_vl("qwen3_vl", {"rope_type": "default"}, out_hidden_size=16, intermediate_size=24, **extra)
+
+
+def gemma3() -> Any:
+    text = {**TEXT, "sliding_window": 8, "tie_word_embeddings": True}
+    marks = {"mm_tokens_per_image": 4, "image_token_index": 38, "boi_token_index": 36, "eoi_token_index": 37}
+    vision = {**VISION, "model_type": "siglip_vision_model"}
+    return build(VLM, "gemma3", text_config=text, vision_config=vision, **marks)
+
+
+def clip_text(kind: str) -> Any:
+    torch.manual_seed(7)
+    return vary(getattr(transformers, kind)(transformers.CLIPTextConfig(**CLIP)))
+
+
+def family(name: str, trained: str, auto: str, model_type: str, sizes: Mapping[str, Any], **rest: Any) -> Family:
+    config = rest.pop("config", DORA)
+    return Family(name, trained, lambda: build(auto, model_type, **sizes), config, **rest)
+
+
+LINEARS = "DoRA on all linear layers"
+FAMILIES: tuple[Family, ...] = (
+    family("Llama", LINEARS, CAUSAL, "llama", {**LONGER, "tie_word_embeddings": False}),
+    family("Mistral", LINEARS, CAUSAL, "mistral", {**LONGER, "sliding_window": 8}),
+    family("Qwen2 (biases)", LINEARS, CAUSAL, "qwen2", LONGER),
+    family("Qwen3 (norms of q and k)", LINEARS, CAUSAL, "qwen3", LONGER),
+    family(
+        "Gemma 3 (tied, large vocabulary)",
+        "DoRA on all linear layers and the embedding",
+        CAUSAL,
+        "gemma3_text",
+        {**LONGER, "vocab_size": 4000, "sliding_window": 8},
+        config={"target_modules": ["q_proj", "o_proj", "down_proj", "embed_tokens"], "use_dora": True},
+    ),
+    family("Phi-3 (fused qkv and gate_up)", LINEARS, CAUSAL, "phi3", LONGER),
+    family("GPT-2 (Conv1D)", LINEARS, CAUSAL, "gpt2", GPT2),
+    family("GPT-NeoX", LINEARS, CAUSAL, "gpt_neox", BERT),
+    family("Falcon", LINEARS, CAUSAL, "falcon", {**FALCON, "new_decoder_architecture": True, "num_kv_heads": 1}),
+    family("Mixtral", "LoRA on all linear layers and experts", CAUSAL, "mixtral", EXPERTS, config=LORA),
+    family("Mixtral", "LoRA on fused experts alone", CAUSAL, "mixtral", EXPERTS, config=FUSED),
+    family("Qwen2-MoE", LINEARS, CAUSAL, "qwen2_moe", EXPERTS),
+    family("Qwen2-MoE", "LoRA on fused experts alone", CAUSAL, "qwen2_moe", EXPERTS, config=FUSED),
+    family("Qwen3-MoE", "LoRA on all linear layers and experts", CAUSAL, "qwen3_moe", EXPERTS, config=LORA),
+    family("T5", LINEARS, SEQ2SEQ, "t5", T5, inputs=token_pairs),
+    family("BART (VL-BART's language side)", LINEARS, SEQ2SEQ, "bart", BART, inputs=token_pairs),
+    family(
+        "BERT",
+        "DoRA on all linear layers, with the classifier",
+        "AutoModelForSequenceClassification",
+        "bert",
+        {**BERT, "num_labels": 3},
+        config={**DORA, "task_type": "SEQ_CLS"},
+    ),
+    family(
+        "ViT",
+        "DoRA on linear layers and the patches' convolution, with the classifier",
+        "AutoModelForImageClassification",
+        "vit",
+        {**VISION, "num_labels": 3},
+        config={"target_modules": ["q_proj", "v_proj", "fc1", "projection"], "use_dora": True}
+        | {"modules_to_save": ["classifier"]},
+        inputs=pixels,
+    ),
+    family("Whisper", LINEARS, "AutoModelForSpeechSeq2Seq", "whisper", WHISPER, inputs=speech),
+    Family("LLaVA", "DoRA on all linear layers of all three parts", llava, DORA, picture_and_words),
+    Family("Qwen2-VL", "DoRA on all linear layers of both parts", qwen2_vl, DORA, patches_and_words),
+    Family("Qwen2.5-VL", "DoRA on all linear layers of both parts", qwen2_5_vl, DORA, patches_and_words),
+    Family("Qwen3-VL", "DoRA on all linear layers of both parts", qwen3_vl, DORA, patches_and_words),
+    Family(
+        "Gemma 3, seeing",
+        "DoRA on all linear layers of all three parts",
+        gemma3,
+        DORA,
+        picture_and_words,
+        unreached=("model.vision_tower.head.attention.out_proj",),
+    ),
+    Family("CLIP text encoder", LINEARS, lambda: clip_text("CLIPTextModel"), DORA),
+    Family("CLIP text encoder with projection", LINEARS, lambda: clip_text("CLIPTextModelWithProjection"), DORA),
+)
