@@ -26,7 +26,7 @@ from torch import Tensor
 
 Kind = Literal["linear", "conv", "embedding"]
 Axis = Literal["out", "in"]
-RowOrder = Literal["base", "torchtune", "torchtune_export"]
+RowOrder = Literal["base", "torchtune", "torchtune_export", "megatron_qkv", "megatron_gate_up"]
 ReplacementRole = Literal["modules_to_save", "bias", "base_layer"]
 
 
@@ -82,7 +82,7 @@ class LoraWeights:
     lora_A (r, in), lora_B (out, r), magnitude (out,) or None for plain LoRA, lora_bias (out,) or None. A module of
     which only the magnitude was trained has rank 0, and its lora_A is (0, 0): only the base knows its inputs.
     norm: what the magnitude is set against. row_order: whose order the outputs are in, where that is not the base's;
-    `rotary.in_base_order` puts them into it.
+    `row_order.in_base_order` puts them into it.
     """
 
     module: str

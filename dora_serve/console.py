@@ -143,7 +143,10 @@ def print_error(program: str, error: DoraServeError, *, as_json: bool, indent: i
     print(f"{program}: {error}", file=sys.stderr)
 
 
-FORMAT_NAMES = ("peft", "nvlabs", "mlx", "ai-toolkit", "onetrainer", "lycoris")
+FORMAT_NAMES = (
+    *("torchtune", "peft", "nvlabs", "mlx", "ai-toolkit", "onetrainer", "lycoris", "diffusers", "fsdp-qlora"),
+    *("dynamic", "megatron", "tensorrt-llm", "adalora", "bayesian"),
+)
 """Those of `dora_serve.formats`, which is not imported before a command runs."""
 
 
@@ -152,7 +155,10 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
     named = ", ".join(FORMAT_NAMES)
     parser.add_argument("--format", choices=FORMAT_NAMES, metavar="NAME", help=f"{named}; default: look")
     parser.add_argument(
-        "--lora-alpha", type=number_argument, metavar="ALPHA", help="where the adapter's files do not hold it"
+        "--lora-alpha",
+        type=lambda text: text if text == "rank" else number_argument(text),
+        metavar="ALPHA",
+        help="where the adapter's files do not hold it; `rank` for a scale of 1",
     )
     parser.add_argument(
         "--magnitudes",

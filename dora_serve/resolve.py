@@ -19,10 +19,11 @@ from torch import Tensor
 from dora_serve.adapter import Adapter, ExpertLora, Kind, LazyTensor, LoraWeights, Replacement, TokenRows
 from dora_serve.checkpoint import ShardedCheckpoint, side_files
 from dora_serve.errors import CheckpointError, PlanError, Problem
+from dora_serve.magnitudes import require_norms
 from dora_serve.names import ParameterNames, Place
 from dora_serve.plan import LoraEdit, MergePlan, Region, RowEdit, TensorPlan, VectorEdit, VectorScale
 from dora_serve.replicate import replicate_layers
-from dora_serve.rotary import in_base_order
+from dora_serve.row_order import in_base_order
 from dora_serve.safetensors_file import TensorEntry
 from dora_serve.ties import Untying, plan_untying
 
@@ -104,7 +105,10 @@ def plan_merge(base: ShardedCheckpoint, adapter: Adapter, *, dtype: torch.dtype 
             remedy="Give the base that the adapter was trained on with --base; "
             "`dora-export inspect ADAPTER --base BASE` shows both sides.",
         )
-    return _finish(draft, adapter, dtype)
+    plan = _finish(draft, adapter, dtype)
+    if not adapter.magnitudes_are_norms:
+        require_norms(plan.tensors.values())
+    return plan
 
 
 def _require_dense(base: ShardedCheckpoint) -> None:

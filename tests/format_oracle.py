@@ -12,7 +12,7 @@ from torch import Tensor
 from dora_serve.formats import ReadOptions, read_adapter
 from dora_serve.ops import round_once
 from dora_serve.reference import attach_adapter
-from dora_serve.rotary import in_base_order
+from dora_serve.row_order import in_base_order
 from tests.cases import distance, llama, load, logits, merge_to, read_tensors, tokens
 
 

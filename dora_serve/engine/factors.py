@@ -15,7 +15,7 @@ from dora_serve.engine.base_layers import compute_dtype, dense_matrix
 from dora_serve.errors import PlanError, Problem
 from dora_serve.module_names import ModuleNames, is_conv1d
 from dora_serve.ops import factored_row_norms, norm_scale
-from dora_serve.rotary import in_base_order
+from dora_serve.row_order import in_base_order
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dora_serve.adapter import Adapter
+from dora_serve.adapter import PAPER_NORM, Adapter
 from dora_serve.errors import AdapterError, no_such_path
-from dora_serve.formats import ai_toolkit, lycoris, mlx, nvlabs, onetrainer, peft
+from dora_serve.formats import (
+    adalora,
+    ai_toolkit,
+    bayesian,
+    diffusers,
+    dynamic,
+    fsdp_qlora,
+    lycoris,
+    megatron,
+    mlx,
+    nvlabs,
+    onetrainer,
+    peft,
+    tensorrt_llm,
+    torchtune,
+)
 from dora_serve.formats.files import CONFIG_NAME, open_weights
 from dora_serve.formats.options import ReadOptions
 
@@ -27,10 +42,18 @@ class Format:
 
 
 FORMATS: Mapping[str, Format] = {
+    "torchtune": Format("torchtune", torchtune.sniff, torchtune.read),
     "peft": Format("PEFT", peft.sniff, peft.read),
     "nvlabs": Format("NVlabs DoRA", nvlabs.sniff, nvlabs.read),
     "mlx": Format("mlx-lm", mlx.sniff, mlx.read),
+    "adalora": Format("AdaLoRA", adalora.sniff, adalora.read),
+    "dynamic": Format("Dynamic Low-Rank Adaptation", dynamic.sniff, dynamic.read),
+    "tensorrt-llm": Format("TensorRT-LLM", tensorrt_llm.sniff, tensorrt_llm.read),
+    "bayesian": Format("Bayesian-LoRA", bayesian.sniff, bayesian.read),
+    "fsdp-qlora": Format("fsdp_qlora", fsdp_qlora.sniff, fsdp_qlora.read),
+    "megatron": Format("Megatron-Bridge", megatron.sniff, megatron.read),
     "ai-toolkit": Format("ai-toolkit", ai_toolkit.sniff, ai_toolkit.read),
+    "diffusers": Format("diffusers", diffusers.sniff, diffusers.read),
     "onetrainer": Format("OneTrainer", onetrainer.sniff, onetrainer.read),
     "lycoris": Format("LyCORIS and kohya's sd-scripts", lycoris.sniff, lycoris.read),
 }
@@ -46,13 +69,26 @@ def read_adapter(path: Path, options: ReadOptions | None = None) -> Adapter:
     options = options or ReadOptions()
     if not path.exists():
         raise AdapterError(no_such_path("The adapter", path), remedy="Check the path.", path=str(path))
+    adapter = _format_of(path, options).read(path, options)
+    if options.magnitudes is None:
+        return adapter
+    if options.magnitudes == "norm":
+        return replace(adapter, magnitudes_are_norms=True)
+    quotients = (
+        replace(module, norm=replace(module.norm, axis=None)) if module.norm == PAPER_NORM else module
+        for module in adapter.modules
+    )
+    return replace(adapter, modules=tuple(quotients))
+
+
+def _format_of(path: Path, options: ReadOptions) -> Format:
     if options.format is not None:
-        return FORMATS[options.format].read(path, options)
+        return FORMATS[options.format]
     for adapter_format in FORMATS.values():
         if adapter_format.sniff(path):
-            return adapter_format.read(path, options)
+            return adapter_format
     if path.is_dir() and any((path / name).is_file() for name in (CONFIG_NAME, *peft.WEIGHTS)):
-        return peft.read(path, options)
+        return FORMATS["peft"]
     raise _unknown(path, options)
 
 

@@ -188,7 +188,8 @@ def _tucker(module: str, mid: LazyTensor, down: LazyTensor) -> LazyTensor:
 def _scaling(module: str, found: Mapping[str, LazyTensor], rank: int, options: ReadOptions) -> float:
     alpha = found.get("alpha")
     if alpha is None:
-        return 1.0 if options.lora_alpha is None else options.lora_alpha / rank
+        said = options.lora_alpha
+        return 1.0 if said is None or said == "rank" else said / rank
     if prod(alpha.shape) != 1:
         raise ValueError(f"{module}: alpha {list(alpha.shape)}, wanted a scalar")
     value = float(alpha.load())

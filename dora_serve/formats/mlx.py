@@ -36,7 +36,7 @@ from dora_serve.formats.files import (
     tensor_names,
 )
 from dora_serve.formats.options import ReadOptions
-from dora_serve.formats.values import boolean, number, rank_of, stated_alpha, wrong
+from dora_serve.formats.values import boolean, number, rank_of, stated_scaling, wrong
 
 WEIGHTS = ("adapters.safetensors", "adapters.npz")
 _ROLES: Roles = (
@@ -189,7 +189,7 @@ def _of_experts(
 def _scaling(module: str, config: Mapping[str, object], rank: int, options: ReadOptions) -> float:
     if not config:
         why = "mlx-lm wrote no configuration before 2024-04-02, and its scale is that of the training script"
-        return stated_alpha(options, why) / rank
+        return stated_scaling(options, rank, why)
     parameters = config.get("lora_parameters")
     if not isinstance(parameters, dict):
         raise wrong(config, "lora_parameters", "an object with rank and scale")

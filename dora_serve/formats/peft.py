@@ -16,17 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dora_serve.adapter import (
-    PAPER_NORM,
-    Adapter,
-    ExpertLora,
-    Kind,
-    LazyTensor,
-    LoraWeights,
-    Norm,
-    Replacement,
-    TokenRows,
-)
+from dora_serve.adapter import Adapter, ExpertLora, Kind, LazyTensor, LoraWeights, Replacement, TokenRows
 from dora_serve.errors import AdapterError, UnmergeableError
 from dora_serve.formats.files import CONFIG_NAME, find_weights, no_weights, open_weights, peek_config, require_finite
 from dora_serve.formats.options import ReadOptions
@@ -82,8 +72,7 @@ def read(path: Path, options: ReadOptions) -> Adapter:
     weights = open_weights(file, options.allow_pickle)
     grouped = _group(weights.tensors, config)
     require_finite(weights, grouped.unused)
-    norm = Norm(axis=None) if options.magnitudes == "norm-scale" else PAPER_NORM
-    modules = tuple(_modules(grouped, config, norm))
+    modules = tuple(_modules(grouped, config))
     notes = list(grouped.notes)
     if grouped.unused:
         notes.append(f"{len(grouped.unused)} tensors of training state are not used by the adapted model: ignored.")
@@ -103,7 +92,6 @@ def read(path: Path, options: ReadOptions) -> Adapter:
         files=(path / CONFIG_NAME, weights.file),
         config=config.raw,
         notes=tuple(notes),
-        magnitudes_are_norms=options.magnitudes == "norm",
     )
 
 
@@ -120,7 +108,7 @@ class _Grouped:
 def _group(tensors: Mapping[str, LazyTensor], config: PeftConfig) -> _Grouped:
     grouped, unknown = _Grouped(), []
     for key, tensor in tensors.items():
-        name = _strip_prefix(key)
+        name = strip_prefix(key)
         if _UNUSED.search(name):
             grouped.unused.add(key)
             continue
@@ -141,7 +129,7 @@ def _group(tensors: Mapping[str, LazyTensor], config: PeftConfig) -> _Grouped:
                     remedy="Two adapters were saved into one file; save one of them alone.",
                 )
             grouped.parts[module][role] = tensor
-        elif (replacement := _replacement(name, tensor, config)) is not None:
+        elif (replacement := saved_tensor(name, tensor, config)) is not None:
             first = grouped.replacements.setdefault(replacement.name, replacement)
             if first is not replacement and not _are_equal(first.tensor, tensor):
                 raise AdapterError(
@@ -165,7 +153,8 @@ def _are_equal(first: LazyTensor, second: LazyTensor) -> bool:
     return same and torch.equal(first.load(), second.load())
 
 
-def _strip_prefix(key: str) -> str:
+def strip_prefix(key: str) -> str:
+    """A tensor's name without what peft and distributed training put before and into it."""
     name = key.removeprefix("base_model.model.").replace("_fsdp_wrapped_module.", "").replace("_orig_mod.", "")
     return name.removeprefix("module.base_model.model.")
 
@@ -177,7 +166,8 @@ def _role(name: str) -> tuple[str | None, str]:
     return None, name
 
 
-def _replacement(name: str, tensor: LazyTensor, config: PeftConfig) -> Replacement | None:
+def saved_tensor(name: str, tensor: LazyTensor, config: PeftConfig) -> Replacement | None:
+    """A whole tensor that was saved with the adapter, None for what is a part of an adapter."""
     if match := _MODULES_TO_SAVE.match(name):
         return Replacement(f"{match[1]}.{match[2] or match[3]}", tensor, "modules_to_save")
     if ".base_layer." in name:
@@ -193,7 +183,7 @@ def _replacement(name: str, tensor: LazyTensor, config: PeftConfig) -> Replaceme
     return None if _FOREIGN.search(name) else Replacement(name, tensor, "base_layer")
 
 
-def _modules(grouped: _Grouped, config: PeftConfig, norm: Norm) -> list[LoraWeights]:
+def _modules(grouped: _Grouped, config: PeftConfig) -> list[LoraWeights]:
     problems: list[str] = []
     modules = []
     for module, parts in grouped.parts.items():
@@ -223,7 +213,6 @@ def _modules(grouped: _Grouped, config: PeftConfig, norm: Norm) -> list[LoraWeig
                 scaling=config.scaling(module),
                 magnitude=magnitude.map((out,), torch.flatten) if magnitude else None,
                 lora_bias=parts.get("B_bias"),
-                norm=norm,
             )
         )
     if problems:
@@ -269,7 +258,10 @@ def _shape_problem(
             "magnitudes, and merging the rest would give another model"
         )
     if magnitude is not None and not config.use_dora:
-        return f"{module}: has a lora_magnitude_vector, and {CONFIG_NAME} says use_dora is false"
+        said = "says use_dora is false"
+        if "use_dora" not in config.raw:
+            said = "does not say use_dora (nor do exports of torchtune, which --format torchtune reads)"
+        return f"{module}: has a lora_magnitude_vector, and {CONFIG_NAME} {said}"
     if magnitude is not None and prod(magnitude.shape) != lora_b.shape[0]:
         return f"{module}: lora_magnitude_vector {list(magnitude.shape)}, wanted {lora_b.shape[0]} values"
     bias = parts.get("B_bias")

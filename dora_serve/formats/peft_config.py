@@ -87,9 +87,18 @@ def read_peft_config(folder: Path, ignore: frozenset[str]) -> PeftConfig:
     if peft_type != "LORA":
         raise AdapterError(
             f"{str(path)!r} says peft_type {peft_type!r}, wanted 'LORA'.",
-            remedy="Only LoRA and DoRA adapters of PEFT are read so far.",
+            remedy="Of PEFT's adapters, LoRA, DoRA and AdaLoRA are read.",
             peft_type=peft_type,
         )
+    require_mergeable(raw, ignore, str(path))
+    return checked_config(raw, path)
+
+
+def require_mergeable(raw: Mapping[str, object], ignore: frozenset[str], where: str) -> None:
+    """Judge a configuration of PEFT that stands in `where`.
+
+    Raises UnmergeableError for what has no dense equal, AdapterError for keys that are not understood.
+    """
     for key, reason in _REFUSED.items():
         if raw.get(key) and key not in ignore:
             raise UnmergeableError(
@@ -112,12 +121,11 @@ def read_peft_config(folder: Path, ignore: frozenset[str]) -> PeftConfig:
     )
     if unknown:
         raise AdapterError(
-            f"{str(path)!r} has keys that are not known here and may change the weights: "
+            f"{where!r} has keys that are not known here and may change the weights: "
             f"{', '.join(f'{key}={raw[key]!r}' for key in unknown)}.",
             remedy="If one of them changes nothing, say --ignore-config KEY for it.",
             keys=unknown,
         )
-    return _checked(raw, path)
 
 
 def _is_number(value: object) -> TypeGuard[float]:
@@ -125,7 +133,9 @@ def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
-def _checked(raw: Mapping[str, object], path: Path) -> PeftConfig:
+def checked_config(raw: Mapping[str, object], path: Path) -> PeftConfig:
+    """The values of a configuration that stands in `path`. Raises AdapterError for one that is none."""
+
     def wrong(key: str, wanted: str) -> AdapterError:
         return AdapterError(
             f"{str(path)!r} says {key} = {raw.get(key)!r}, wanted {wanted}.",

@@ -71,12 +71,13 @@ def require_known(path: Path, config: Mapping[str, object], known: Collection[st
         )
 
 
-def stated_alpha(options: ReadOptions, why: str) -> float:
-    """lora_alpha from the user. Raises AdapterError that says so where there is none."""
+def stated_scaling(options: ReadOptions, rank: int, why: str) -> float:
+    """alpha / rank, of the alpha that the user says. Raises AdapterError that asks for it where there is none."""
     if options.lora_alpha is None:
         raise AdapterError(
             f"The scale of the update is not in the adapter's files: {why}.",
-            remedy="Say with --lora-alpha ALPHA what it was trained with; the update is scaled by alpha / rank.",
+            remedy="Say with --lora-alpha ALPHA what it was trained with: the update is scaled by alpha / rank "
+            "(--lora-alpha rank scales it by 1).",
             option="--lora-alpha",
         )
-    return options.lora_alpha
+    return 1.0 if options.lora_alpha == "rank" else options.lora_alpha / rank

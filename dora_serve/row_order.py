@@ -1,10 +1,13 @@
-"""The order of the outputs of query and key projections, where a trainer's own model has another than the base.
+"""The order of a projection's outputs, where a trainer's own model has another than the base.
 
 Rotary embeddings turn pairs of numbers. The original Llama has the two of a pair side by side in a head, transformers
 has all first ones before all second ones, and so the rows of q_proj and k_proj are permuted between the two. torchtune
 trains the original order for the families of Llama, Mistral and Gemma, and transformers' own for Qwen and Phi. Its
 export for PEFT permutes lora_B of every family, and no magnitude (torchtune/models/convert_weights.py,
 tune_to_peft_adapter_weights): so of an export the magnitudes are out of order in the former, and lora_B in the latter.
+
+Megatron fuses query, key and value, for each group of heads that share a key its queries, the key, the value; and gate
+and up, the one after the other (megatron/core/transformer/{attention,mlp}.py). They become the base's own modules.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from dora_serve.adapter import Adapter, LoraWeights
@@ -29,8 +33,18 @@ def in_base_order(adapter: Adapter, config: Mapping[str, object]) -> Adapter:
         return adapter
     text = config.get("text_config")
     table = text if isinstance(text, dict) and "model_type" in text else config
-    modules = tuple(_reordered(module, table) if module.row_order != "base" else module for module in adapter.modules)
+    modules = tuple(one for module in adapter.modules for one in _in_base_order(module, table))
     return replace(adapter, modules=modules)
+
+
+def _in_base_order(module: LoraWeights, config: Mapping[str, object]) -> tuple[LoraWeights, ...]:
+    if module.row_order == "base":
+        return (module,)
+    if module.row_order == "megatron_qkv":
+        return _query_key_value(module, config)
+    if module.row_order == "megatron_gate_up":
+        return _gate_and_up(module)
+    return (_reordered(module, config),)
 
 
 def halves_from_pairs(rows: Tensor, head_dim: int) -> Tensor:
@@ -65,9 +79,47 @@ def _reordered(module: LoraWeights, config: Mapping[str, object]) -> LoraWeights
     return replace(module, lora_B=lora_b, magnitude=magnitude, row_order="base")
 
 
+def _query_key_value(module: LoraWeights, config: Mapping[str, object]) -> tuple[LoraWeights, ...]:
+    head_dim, out = _head_dim(config), module.lora_B.shape[0]
+    heads = _whole(config, "num_attention_heads")
+    groups = _whole(config, "num_key_value_heads") or heads
+    if not groups or heads % groups or out != head_dim * (heads + 2 * groups):
+        raise AdapterError(
+            f"{module.module}: {out} outputs of a fused query, key and value, which {heads} heads of {head_dim} and "
+            f"{groups} groups in the base's config.json do not make.",
+            remedy="Give the base that the adapter was trained on, with its config.json.",
+            module=module.module,
+        )
+    rows = torch.arange(out).view(groups, -1, head_dim)
+    owner = module.module.removesuffix("qkv_proj")
+    parts = {"q_proj": rows[:, :-2], "k_proj": rows[:, -2], "v_proj": rows[:, -1]}
+    return tuple(_outputs(module, f"{owner}{name}", index.flatten()) for name, index in parts.items())
+
+
+def _gate_and_up(module: LoraWeights) -> tuple[LoraWeights, ...]:
+    gate, up = torch.arange(module.lora_B.shape[0]).chunk(2)
+    owner = module.module.removesuffix("gate_up_proj")
+    return _outputs(module, f"{owner}gate_proj", gate), _outputs(module, f"{owner}up_proj", up)
+
+
+def _outputs(module: LoraWeights, name: str, rows: Tensor) -> LoraWeights:
+    """Some outputs of a module as a module of their own."""
+    count, magnitude = len(rows), module.magnitude
+    return replace(
+        module,
+        module=name,
+        lora_B=module.lora_B.map((count, module.rank), lambda tensor: tensor[rows]),
+        magnitude=None if magnitude is None else magnitude.map((count,), lambda tensor: tensor[rows]),
+        row_order="base",
+    )
+
+
 def _head_dim(config: Mapping[str, object]) -> int:
-    stated = config.get("head_dim")
-    if isinstance(stated, int):
-        return stated
-    size, heads = config.get("hidden_size"), config.get("num_attention_heads")
-    return size // heads if isinstance(size, int) and isinstance(heads, int) and heads else 0
+    heads = _whole(config, "num_attention_heads")
+    return _whole(config, "head_dim") or (_whole(config, "hidden_size") // heads if heads else 0)
+
+
+def _whole(config: Mapping[str, object], key: str) -> int:
+    """A whole number of the configuration, 0 where there is none."""
+    value = config.get(key)
+    return value if type(value) is int and value > 0 else 0

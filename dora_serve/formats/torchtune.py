@@ -1,0 +1,146 @@
+"""torchtune (modules/peft/{lora,dora}.py, models/convert_weights.py of 0.6.1; formats.md 7): its own names, and its
+export under PEFT's.
+
+`lora_a.weight` (r, in), `lora_b.weight` (out, r), `magnitude` (out,); the formula of the paper, s = alpha / r. The
+outputs of query and key are in torchtune's own order (row_order.py); the export puts lora_B into transformers' and
+leaves the magnitude, and writes a configuration that does not say use_dora.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from dora_serve.adapter import Adapter, LazyTensor, LoraWeights, RowOrder
+from dora_serve.errors import AdapterError
+from dora_serve.formats.factors import Roles, group, is_embedding, misfit, not_understood, pair
+from dora_serve.formats.files import (
+    CONFIG_NAME,
+    find_weights,
+    no_weights,
+    open_weights,
+    peek_config,
+    read_config,
+    require_finite,
+    tensor_names,
+)
+from dora_serve.formats.options import ReadOptions
+from dora_serve.formats.peft import strip_prefix
+from dora_serve.formats.values import number, rank_of, require_known, stated_scaling
+
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.pt", "adapter_0.pt", "adapter_model.bin")
+_NATIVE: Roles = (
+    ("lora_a", re.compile(r"^(.+)\.lora_a\.weight$")),
+    ("lora_b", re.compile(r"^(.+)\.lora_b\.weight$")),
+    ("magnitude", re.compile(r"^(.+)\.magnitude$")),
+)
+_EXPORTED: Roles = (
+    ("lora_a", re.compile(r"^(.+)\.lora_A\.weight$")),
+    ("lora_b", re.compile(r"^(.+)\.lora_B\.weight$")),
+    ("magnitude", re.compile(r"^(.+)\.lora_magnitude_vector$")),
+)
+_CONFIG_KEYS = frozenset({"r", "lora_alpha", "target_modules", "peft_type", "base_model_name_or_path"})
+_RENAMES: Mapping[str, str] = {
+    r"^layers\.(\d+)\.attn\.output_proj$": r"model.layers.\1.self_attn.o_proj",
+    r"^layers\.(\d+)\.attn\.(\w+)$": r"model.layers.\1.self_attn.\2",
+    r"^layers\.(\d+)\.mlp\.w1$": r"model.layers.\1.mlp.gate_proj",
+    r"^layers\.(\d+)\.mlp\.w2$": r"model.layers.\1.mlp.down_proj",
+    r"^layers\.(\d+)\.mlp\.w3$": r"model.layers.\1.mlp.up_proj",
+    r"^tok_embeddings$": "model.embed_tokens",
+    r"^output$": "lm_head",
+}
+
+
+def sniff(path: Path) -> bool:
+    """Whether the names are torchtune's, or its export lies beside its own file."""
+    config = peek_config(path)
+    if config.keys() - _CONFIG_KEYS:
+        return False
+    if config and (path / "adapter_model.pt").is_file():
+        return True
+    file = find_weights(path, *WEIGHTS)
+    if file is not None and not config and re.fullmatch(r"adapter_(\d+|model)\.pt", file.name):
+        return True
+    return any(name.endswith(".lora_a.weight") for name in tensor_names(file))
+
+
+def read(path: Path, options: ReadOptions) -> Adapter:
+    """Read a folder of torchtune's, or one of its files. Raises AdapterError, with every problem at once."""
+    folder = path if path.is_dir() else path.parent
+    file = find_weights(path, *WEIGHTS) or next(iter(sorted(folder.glob("adapter_*.pt"))), None)
+    if file is None:
+        raise no_weights(path, WEIGHTS)
+    config = read_config(folder) if (folder / CONFIG_NAME).is_file() else {}
+    require_known(folder, config, _CONFIG_KEYS, options)
+    weights = open_weights(file, options.allow_pickle)
+    require_finite(weights)
+    exported = not any(name.endswith(".lora_a.weight") for name in weights.tensors)
+    if exported:
+        parts = group(weights.tensors, _EXPORTED, strip_prefix)
+    else:
+        parts = group(weights.tensors, _NATIVE, _renamed)
+    if parts.rest:
+        raise not_understood(parts.rest)
+    problems: list[str] = []
+    modules: list[LoraWeights] = []
+    for module, found in parts.modules.items():
+        try:
+            modules.append(_of_module(module, found, config, options, "torchtune_export" if exported else "torchtune"))
+        except ValueError as error:
+            problems.append(str(error))
+    with_magnitude = sum(module.magnitude is not None for module in modules)
+    if 0 < with_magnitude < len(modules):
+        problems.append(f"{len(modules) - with_magnitude} of {len(modules)} modules have no magnitude, the others have")
+    if problems:
+        raise misfit(file, problems)
+    base = config.get("base_model_name_or_path")
+    return Adapter(
+        path=path,
+        format="torchtune",
+        modules=tuple(modules),
+        base=str(base) if base else None,
+        files=(folder / CONFIG_NAME, file) if config else (file,),
+        config=config,
+    )
+
+
+def _renamed(module: str) -> str:
+    for pattern, replacement in _RENAMES.items():
+        if re.match(pattern, module):
+            return re.sub(pattern, replacement, module)
+    raise AdapterError(
+        f"The adapter adapts {module!r}, which no text model of torchtune has under this name.",
+        remedy="Only adapters of torchtune's text models are read; report the format of others.",
+        module=module,
+    )
+
+
+def _of_module(
+    module: str,
+    found: Mapping[str, LazyTensor],
+    config: Mapping[str, object],
+    options: ReadOptions,
+    order: RowOrder,
+) -> LoraWeights:
+    if "lora_a" not in found or "lora_b" not in found:
+        raise ValueError(f"{module}: has {', '.join(sorted(found))}, wanted lora_a and lora_b")
+    rank = rank_of(config, "r") if config else None
+    both = pair(module, found["lora_a"], found["lora_b"], ("lora_a", "lora_b"), rank)
+    magnitude = found.get("magnitude")
+    if magnitude is not None and magnitude.shape != (both.lora_B.shape[0],):
+        raise ValueError(f"{module}: magnitude {list(magnitude.shape)}, wanted [{both.lora_B.shape[0]}]")
+    if config:
+        scaling = number(config, "lora_alpha") / both.rank
+    else:
+        scaling = stated_scaling(options, both.rank, f"torchtune keeps it in {CONFIG_NAME}, which is missing")
+    is_rotary = module.endswith((".self_attn.q_proj", ".self_attn.k_proj"))
+    return LoraWeights(
+        module=module,
+        kind="embedding" if is_embedding(module) else both.kind,
+        lora_A=both.lora_A,
+        lora_B=both.lora_B,
+        scaling=scaling,
+        magnitude=magnitude,
+        row_order=order if is_rotary else "base",
+    )
