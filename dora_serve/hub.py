@@ -11,21 +11,14 @@ import glob
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from dora_serve.errors import AdapterError, CheckpointError, DoraServeError, HubError, no_such_path
 from dora_serve.hub_errors import no_room, translate
-from dora_serve.hub_files import (
-    INDEX_SUFFIX,
-    What,
-    choose_shards,
-    choose_side_files,
-    choose_weights,
-    require_plain_names,
-)
+from dora_serve.hub_files import What, choose_files, is_weights, require_plain_names
 from dora_serve.progress import Meter, OnProgress, ignore_progress
 
 if TYPE_CHECKING:
@@ -36,6 +29,8 @@ _NAME = r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]*[A-Za-z0-9_])?"
 _HUB_SPEC = re.compile(
     rf"(?P<repo_id>{_NAME}/{_NAME})(?:@(?P<revision>[A-Za-z0-9_][A-Za-z0-9_./+-]*))?(?::(?P<subfolder>[^\\]+))?"
 )
+
+Choose: TypeAlias = Callable[[Sequence[str], Callable[[str], str]], Iterable[str]]
 
 # Seconds to wait for the Hub's first answer; huggingface_hub itself would wait for ever.
 _PATIENCE = 10.0
@@ -112,14 +107,35 @@ def locate(spec: str, *, what: What, revision: str | None = None, on_progress: O
             remedy="Check the path, or write the Hub id with its user, as in openai-community/gpt2.",
             spec=spec,
         )
+    folder, file = split_file(repository)
+    found = fetch(
+        spec, folder, lambda names, read: choose_files(names, read, what, folder.repo_id, file=file), on_progress
+    )
+    return replace(found, path=found.path / file) if file else found
+
+
+def fetch(spec: str, repository: HubSpec, choose: Choose, on_progress: OnProgress = ignore_progress) -> Located:
+    """Bring files of a Hub repository into the cache, as `locate` does.
+
+    choose: from the names in the repository's folder, and a function that reads a small file of it, to those that are
+    wanted. Raises HubError, and what `choose` raises.
+    """
     try:
-        folder, commit = _fetch(repository, what, on_progress)
+        folder, commit = _fetch(repository, choose, on_progress)
     except Exception as problem:
         translated = translate(problem, repo_id=repository.repo_id, revision=repository.revision)
         if translated is None:
             raise
         raise translated from problem
     return Located(folder, spec, repository.repo_id, commit)
+
+
+def split_file(repository: HubSpec) -> tuple[HubSpec, str | None]:
+    """The folder that is meant, and the file of weights in it where one is named."""
+    if repository.subfolder is None or not is_weights(repository.subfolder):
+        return repository, None
+    folder, _, file = repository.subfolder.rpartition("/")
+    return replace(repository, subfolder=folder or None), file
 
 
 def hub_repository(spec: str) -> str | None:
@@ -150,14 +166,14 @@ def split_spec(spec: str, revision: str | None = None) -> HubSpec | None:
     return HubSpec(repo_id, revision, subfolder)
 
 
-def _fetch(repository: HubSpec, what: What, on_progress: OnProgress) -> tuple[Path, str]:
+def _fetch(repository: HubSpec, choose: Choose, on_progress: OnProgress) -> tuple[Path, str]:
     """The folder in the cache and its commit, after what it lacks has been fetched."""
     from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
 
     snapshot = _look_up(HfApi(library_name="dora-serve"), repository)
     require_plain_names(snapshot.sizes, repository.repo_id)
     try:
-        wanted = _wanted(repository, snapshot, what)
+        wanted = _wanted(repository, snapshot, choose)
     except DoraServeError:
         if snapshot.whole or snapshot.unreachable is None:
             raise
@@ -224,24 +240,24 @@ def _look_up_in_cache(repo_id: str, commit: str, unreachable: Exception) -> _Sna
     return _Snapshot(commit, present, unreachable, whole=False)
 
 
-def _wanted(repository: HubSpec, snapshot: _Snapshot, what: What) -> list[str]:
+def _wanted(repository: HubSpec, snapshot: _Snapshot, choose: Choose) -> list[str]:
     """The files to fetch, named from the repository's top."""
     from huggingface_hub import hf_hub_download
 
     prefix = f"{repository.subfolder}/" if repository.subfolder else ""
     names = [name.removeprefix(prefix) for name in snapshot.sizes if name.startswith(prefix)]
-    weights = choose_weights(names, what, repository.repo_id)
-    chosen = [weights, *choose_side_files(names, what)]
-    if weights.endswith(INDEX_SUFFIX):
-        index = hf_hub_download(
+
+    def read(name: str) -> str:
+        path = hf_hub_download(
             repository.repo_id,
-            prefix + weights,
+            prefix + name,
             revision=snapshot.commit,
             local_files_only=snapshot.unreachable is not None,
             tqdm_class=_bar_class(lambda _: None),
         )
-        chosen += choose_shards(Path(index).read_text(encoding="utf-8", errors="replace"), names, repository.repo_id)
-    return [prefix + name for name in chosen]
+        return Path(path).read_text(encoding="utf-8", errors="replace")
+
+    return [prefix + name for name in dict.fromkeys(choose(names, read))]
 
 
 def _require_room(total: int, repo_id: str) -> None:

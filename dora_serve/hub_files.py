@@ -9,7 +9,7 @@ from __future__ import annotations
 import fnmatch
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal, TypeAlias
 
 from dora_serve.errors import CheckpointError, HubError
@@ -20,6 +20,8 @@ INDEX_SUFFIX = ".safetensors.index.json"
 # In the order in which transformers and diffusers look for them.
 _STEMS = ("model", "diffusion_pytorch_model", "pytorch_model")
 _ADAPTER_WEIGHTS = "adapter_model.safetensors"
+# Of PEFT and NVlabs, of mlx-lm, of diffusers' scripts; what others write has any name.
+_ADAPTER_NAMES = (_ADAPTER_WEIGHTS, "adapters.safetensors", "pytorch_lora_weights.safetensors")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 _LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "*.md")
@@ -56,8 +58,9 @@ def choose_weights(names: Sequence[str], what: What, repo_id: str) -> str:
     """
     top = sorted(name for name in names if "/" not in name)
     if what == "adapter":
-        candidates = [name for name in top if name == _ADAPTER_WEIGHTS]
-        wanted = _ADAPTER_WEIGHTS
+        candidates = [name for name in _ADAPTER_NAMES if name in top][:1]
+        candidates = candidates or [name for name in top if name.endswith(".safetensors") and not _is_model(name)]
+        wanted = f"{_ADAPTER_WEIGHTS} or one other .safetensors"
     else:
         preferred = [name for stem in _STEMS for name in (f"{stem}.safetensors", f"{stem}{INDEX_SUFFIX}")]
         candidates = [name for name in preferred if name in top][:1]
@@ -70,6 +73,8 @@ def choose_weights(names: Sequence[str], what: What, repo_id: str) -> str:
     pickles = [name for name in top if name.endswith(_PICKLES)]
     if what == "base" and _ADAPTER_WEIGHTS in top:
         remedy = "This is an adapter, not a base model: give the model that it was trained on."
+    elif what == "adapter" and len(candidates) > 1:
+        remedy = f"Name one of them: {repo_id}:{candidates[0]}"
     elif pickles and not candidates:
         got = f"pickles only ({', '.join(pickles[:4])})"
         remedy = (
@@ -84,6 +89,35 @@ def choose_weights(names: Sequence[str], what: What, repo_id: str) -> str:
         repo_id=repo_id,
         names=top,
     )
+
+
+def choose_files(
+    names: Sequence[str], read: Callable[[str], str], what: What, repo_id: str, *, file: str | None = None
+) -> list[str]:
+    """All that a merge needs: weights, configuration, tokenizer, licence.
+
+    names: as for `choose_weights`. read: gives the text of a file, for an index. file: the weights, where the user
+    named them. Raises what `choose_weights` and `choose_shards` raise.
+    """
+    if file is not None and file not in names:
+        raise HubError(
+            f"The Hub's {repo_id!r} lacks {file}.",
+            remedy="Check the name and the revision.",
+            repo_id=repo_id,
+            name=file,
+        )
+    weights = file or choose_weights(names, what, repo_id)
+    chosen = [weights, *choose_side_files(names, what)]
+    return chosen + (choose_shards(read(weights), names, repo_id) if weights.endswith(INDEX_SUFFIX) else [])
+
+
+def is_weights(name: str) -> bool:
+    return name.endswith(".safetensors")
+
+
+def _is_model(name: str) -> bool:
+    """Whether it is a whole model's, or a shard of one's."""
+    return name.startswith(tuple(f"{stem}{mark}" for stem in _STEMS for mark in (".", "-")))
 
 
 def choose_shards(index: str, names: Sequence[str], repo_id: str) -> list[str]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -13,8 +14,11 @@ from dora_serve.checkpoint import open_checkpoint
 from dora_serve.decomposition import Decomposition, decompose
 from dora_serve.errors import CheckpointError, PlanError
 from dora_serve.formats import ReadOptions, read_adapter
-from dora_serve.hub import locate
+from dora_serve.hub import locate, split_spec
+from dora_serve.hub_files import What
+from dora_serve.hub_headers import Outline, locate_headers, whole
 from dora_serve.progress import OnProgress, ignore_progress
+from dora_serve.terminal import format_bytes
 from exporters.sources import Sources, base_notes, plan_sources
 
 
@@ -32,11 +36,13 @@ class Target:
 
 @dataclass(frozen=True)
 class Inspection:
-    """parameters: trained numbers. plan: what a merge into `base` would do, None without one. problems: sentences.
-    decomposition: what happens to magnitudes and directions, where that was asked for.
+    """path: None where the adapter is on the Hub and only its headers were read. source: the path, or the Hub's name
+    with the commit. parameters: trained numbers. plan: what a merge into `base` would do, None without one. problems:
+    sentences. decomposition: what happens to magnitudes and directions, where that was asked for.
     """
 
-    path: Path
+    path: Path | None
+    source: str
     format: str
     method: str
     trained_on: str | None
@@ -54,7 +60,8 @@ class Inspection:
 
     def to_json(self) -> dict[str, object]:
         return {
-            "path": str(self.path),
+            "path": str(self.path) if self.path else None,
+            "source": self.source,
             "format": self.format,
             "method": self.method,
             "base": self.trained_on,
@@ -93,30 +100,51 @@ def inspect(
 ) -> Inspection:
     """Read an adapter and, where a base is given, plan its merge; what would stop that is in `problems`.
 
-    with_decomposition: read the base's adapted weights as well, and say how far magnitudes and directions move.
+    Of what lies on the Hub alone the headers are read, by HTTP range, and no weights are fetched.
+    with_decomposition: read all weights that are adapted, and say how far magnitudes and directions move.
 
     Raises AdapterError for one that cannot be read at all, CheckpointError and HubError for a base that cannot.
     """
-    found = locate(adapter, what="adapter", on_progress=on_progress)
+    with ExitStack() as stack:
+
+        def find(spec: str, what: What) -> Outline:
+            if with_decomposition:
+                return whole(locate(spec, what=what, on_progress=on_progress))
+            return stack.enter_context(locate_headers(spec, what=what, on_progress=on_progress))
+
+        outline = find(adapter, "adapter")
+        return _inspect(outline, base, read, find, on_progress if with_decomposition else None)
+
+
+def _inspect(
+    outline: Outline,
+    base: str | None,
+    read: ReadOptions,
+    find: Callable[[str, What], Outline],
+    decomposing: OnProgress | None,
+) -> Inspection:
+    """decomposing: what hears of that, None where it was not asked for."""
+    found = outline.located
     contents = read_adapter(found.path, read)
     problems: tuple[str, ...] = ()
-    notes = contents.notes
+    notes = (*contents.notes, *_notes(outline))
     plan, decomposition = None, None
     if base is not None:
-        located = locate(base, what="base", on_progress=on_progress)
+        located = find(base, "base").located
         notes += base_notes(contents, located)
         sources = Sources(located, found, open_checkpoint(located.path), contents)
         try:
             planned = plan_sources(sources)
             plan = planned.summary()
-            decomposition = decompose(planned, on_progress) if with_decomposition else None
+            decomposition = decompose(planned, decomposing) if decomposing else None
         except PlanError as error:
             problems = tuple(str(problem) for problem in error.problems)
         except CheckpointError as error:
             problems = (str(error),)
     tensors = _tensors(contents)
     return Inspection(
-        path=found.path,
+        path=found.path if outline.fetched == outline.nbytes else None,
+        source=_source(outline),
         format=contents.format,
         method=contents.method,
         trained_on=contents.base,
@@ -135,6 +163,22 @@ def inspect(
         plan=plan,
         decomposition=decomposition,
     )
+
+
+def _source(outline: Outline) -> str:
+    found = outline.located
+    if found.repo_id is None or outline.fetched == outline.nbytes:
+        return str(found.path)
+    named = split_spec(found.spec)
+    folder = f":{named.subfolder}" if named and named.subfolder else ""
+    return f"{found.repo_id}@{found.revision}{folder}"
+
+
+def _notes(outline: Outline) -> tuple[str, ...]:
+    if outline.fetched == outline.nbytes:
+        return ()
+    read, whole = format_bytes(outline.fetched), format_bytes(outline.nbytes)
+    return (f"Only the header was read, {read} of {whole}; a value that is NaN or infinite is found by a merge.",)
 
 
 def _tensors(adapter: Adapter) -> list[LazyTensor]:

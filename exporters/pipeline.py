@@ -36,7 +36,11 @@ FAILED_SUFFIX = ".FAILED-VERIFICATION"
 
 @dataclass(frozen=True)
 class ExportRequest:
-    """What a user asks of `merge`. device: "auto" verifies on the GPU where there is one and merges on the CPU."""
+    """What a user asks of `merge`. device: "auto" verifies on the GPU where there is one and merges on the CPU.
+
+    unproven: finish what fails its verification too, with the failures in its record. hash_output: also of what is not
+    verified.
+    """
 
     adapter: str
     base: str | None
@@ -47,6 +51,8 @@ class ExportRequest:
     verify: bool = True
     overwrite: bool = False
     keep_failed: bool = False
+    unproven: bool = False
+    hash_output: bool = False
     reference: Literal["native", "peft"] = "native"
     prompts: Path | None = None
     read: ReadOptions = field(default_factory=ReadOptions)
@@ -55,7 +61,7 @@ class ExportRequest:
 
 @dataclass(frozen=True)
 class Export:
-    """What was made. record: the contents of dora_export.json."""
+    """What was made. record: the contents of dora_export.json. failures: of a verification, where they were allowed."""
 
     out: Path
     plan: MergePlan
@@ -63,6 +69,7 @@ class Export:
     verification: VerifyReport | None
     exported: Exported
     record: Mapping[str, object]
+    failures: tuple[str, ...] = ()
 
 
 def plan_export(request: ExportRequest, on_progress: OnProgress = ignore_progress) -> tuple[Sources, MergePlan]:
@@ -78,6 +85,7 @@ def run_export(request: ExportRequest, on_progress: OnProgress = ignore_progress
     """Merge, verify and export into `request.out`, which appears only once all of it held.
 
     Raises VerificationError where it did not; then nothing is kept, or with `keep_failed` a folder whose name says so.
+    With `unproven` it is written all the same, and its record says what failed.
     """
     assert request.out is not None
     sources, plan = plan_export(request, on_progress)
@@ -95,32 +103,35 @@ def run_export(request: ExportRequest, on_progress: OnProgress = ignore_progress
         metadata = safetensors_metadata(plan, provenance)
         merged = write_model(plan, stage, metadata=metadata, device=merge_device, on_progress=on_progress)
         verification = None
+        failures: tuple[str, ...] = ()
         if request.verify:
             options = ForwardOptions(request.reference, request.prompts, verify_device)
             verification = verify(plan, stage, options, on_progress=on_progress)
             failures = _failures(verification)
-            if failures:
+            if failures and not request.unproven:
                 raise _failed(request, folder, stage, failures, verification)
             provenance = replace(provenance, base_hashes=hash_files(base_files, on_progress))
             metadata = safetensors_metadata(plan, provenance) | {"merged_verification": _verdict(verification)}
             for name in plan.files:
                 replace_metadata(stage / name, metadata)
         exported = exporter.run(ExportInput(stage, folder, verification, metadata, verify_device, on_progress))
-        if exported.failures:
+        if exported.failures and not request.unproven:
             raise _failed(request, folder, stage, exported.failures, verification)
         shutil.rmtree(stage)
+        failures += exported.failures
+        hashing = request.verify or request.hash_output
         written = sorted(path for path in folder.rglob("*") if path.is_file())
         values = record(
             plan,
             provenance,
             exporter=request.to,
-            output_hashes=hash_files(written, on_progress, root=folder) if request.verify else None,
+            output_hashes=hash_files(written, on_progress, root=folder) if hashing else None,
             sizes={path.relative_to(folder).as_posix(): path.stat().st_size for path in written},
             verification=verification.to_json() if verification else None,
-            artifacts=exported.values,
+            artifacts={**exported.values, **({"failures": list(failures)} if failures else {})},
         )
         write_record(folder, values)
-    return Export(request.out, plan, merged, verification, exported, values)
+    return Export(request.out, plan, merged, verification, exported, values, failures)
 
 
 def _devices(device: str) -> tuple[str, str]:
@@ -140,6 +151,8 @@ def _failures(report: VerifyReport) -> tuple[str, ...]:
 def _verdict(report: VerifyReport) -> str:
     assert report.tensors is not None
     forward = "forward passed" if report.forward and report.forward.passed else "forward not run"
+    if not report.passed:
+        return f"FAILED: {' '.join(report.failures)[:200]}"
     return f"passed: {report.tensors.differing} of {report.tensors.elements} elements differ, {forward}"
 
 

@@ -15,6 +15,8 @@ from dora_serve.terminal import format_bytes, format_seconds, format_table
 from dora_serve.verify import VerifyReport
 from exporters.inspect import Inspection
 from exporters.pipeline import Export
+from exporters.pull import PulledReport
+from exporters.record import RECORD_NAME
 from exporters.verify_folder import FolderReport
 
 
@@ -83,6 +85,28 @@ def folder_text(report: FolderReport) -> str:
     return "\n\n".join(["The merge that the graph is compared with:", text, _onnx_text(report.onnx), verdict])
 
 
+def pulled_text(report: PulledReport) -> str:
+    """The files of what was published, against the hashes in its record."""
+    found = report.hashes
+    rows = [
+        [f"as {RECORD_NAME} says", str(len(found.matching))],
+        ["changed", str(len(found.changed))],
+        ["missing", str(len(found.missing))],
+    ]
+    rows += [["without a recorded hash", str(len(found.unproven))]] if found.unproven else []
+    lines = [f"{report.pulled.name}: {format_bytes(found.nbytes)}", "", format_table(rows, ("files", ""))]
+    if found.extra:
+        shown = ", ".join(found.extra[:6]) + (", ..." if len(found.extra) > 6 else "")
+        lines.append(f"Note: not of the export, and not judged: {shown}")
+    if report.proof != "verified":
+        how = "failed its verification" if report.proof == "failed" else "was not verified"
+        lines.append(f"Note: the record says that this export {how} when it was made.")
+    if not found.passed:
+        return "\n".join([*lines, "", "FAILED:", *(f"  - {failure}" for failure in found.failures[:20])])
+    said = "Byte for byte what was written; by its record it was verified then."
+    return "\n".join([*lines, "", said if report.proof == "verified" else "Byte for byte what was written."])
+
+
 def inspection_text(inspection: Inspection) -> str:
     """An adapter at a glance."""
     facts = [
@@ -95,7 +119,7 @@ def inspection_text(inspection: Inspection) -> str:
         ["parameters", f"{inspection.parameters:,} ({format_bytes(inspection.nbytes)})"],
         ["dtypes", ", ".join(f"{dtype} ({count} tensors)" for dtype, count in inspection.dtypes.items())],
     ]
-    lines = [f"{inspection.path}", "", format_table(facts, ("adapter", ""))]
+    lines = [inspection.source, "", format_table(facts, ("adapter", ""))]
     if inspection.targets:
         rows = [
             [target.name, target.kind, str(target.modules), _counted(target.ranks), _counted(target.scalings)]

@@ -41,8 +41,12 @@ class FolderReport:
     def passed(self) -> bool:
         return self.model.passed and not self.onnx_failures
 
+    @property
+    def failures(self) -> tuple[str, ...]:
+        return (*self.model.failures, *self.onnx_failures)
+
     def to_json(self) -> dict[str, object]:
-        failures = [*self.model.failures, *self.onnx_failures]
+        failures = list(self.failures)
         return {**self.model.to_json(), "passed": self.passed, "failures": failures, "onnx_check": self.onnx}
 
 

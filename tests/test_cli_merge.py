@@ -317,7 +317,7 @@ def test_a_path_that_is_not_there(
         ["merge", "adapter", "-o", "out", "--to", "gguf"],
         ["merge", "adapter", "-o", "out", "--dtype", "int8"],
         ["merge", "adapter", "-o", "out", "--merge-faster"],
-        ["verify", "merged"],
+        ["verify", "merged", "--base", "base"],
         ["unmerge", "adapter"],
     ],
     ids=" ".join,

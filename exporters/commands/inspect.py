@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from contextlib import ExitStack
+from pathlib import Path
 
 from dora_serve.console import EXIT_FAILED, name_argument, path_argument, read_options
 from exporters.commands.shared import Commands, add_reading_and_json, show_progress
@@ -48,6 +49,6 @@ def run(options: argparse.Namespace) -> int:
             with_decomposition=options.decompose or options.plot is not None,
         )
         if options.plot is not None and inspection.decomposition is not None:
-            save_plot({inspection.path.name: inspection.decomposition}, options.plot)
+            save_plot({Path(inspection.source).name: inspection.decomposition}, options.plot)
     print(json.dumps(inspection.to_json(), indent=2) if options.json else inspection_text(inspection))
     return 0 if not inspection.problems else EXIT_FAILED

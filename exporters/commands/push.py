@@ -5,9 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dora_serve.console import name_argument, path_argument
 from exporters.commands.shared import Commands, add_json, show_progress
+
+if TYPE_CHECKING:
+    from exporters.push_plan import PushRequest
 
 
 def add(commands: Commands) -> None:
@@ -41,19 +46,25 @@ def misused(options: argparse.Namespace) -> str | None:
     return None
 
 
-def run(options: argparse.Namespace) -> int:
-    from exporters.hub import plan_push, push
+def request_of(options: argparse.Namespace, folder: Path, repo_id: str) -> PushRequest:
+    """What `add_publishing`'s options ask for."""
     from exporters.push_plan import PushRequest
-    from exporters.push_report import plan_text, push_text
 
-    request = PushRequest(
-        folder=options.folder,
-        repo_id=options.repo_id,
+    return PushRequest(
+        folder=folder,
+        repo_id=repo_id,
         public=options.public,
         revision=options.revision,
         pull_request=options.pr,
         unverified=options.unverified,
     )
+
+
+def run(options: argparse.Namespace) -> int:
+    from exporters.hub import plan_push, push
+    from exporters.push_report import plan_text, push_text
+
+    request = request_of(options, options.folder, options.repo_id)
     with ExitStack() as stack:
         progress = show_progress(stack)
         if options.dry_run:
