@@ -10,7 +10,7 @@ import numpy as np
 
 from exporters.onnx.architectures import is_causal, output_names
 from exporters.onnx.check.answers import Got, answer_of
-from exporters.onnx.check.session import Refusal, Session
+from exporters.onnx.check.session import NOTHING, Feeding, Refusal, Session
 
 if TYPE_CHECKING:
     import torch
@@ -35,17 +35,21 @@ def run_onnx(
     prompts: Sequence[Sequence[int]],
     greedy_tokens: int,
     failures: list[str],
+    *,
+    feeding: Feeding = NOTHING,
+    padded_rows: int = _PADDED_ROWS,
 ) -> Got:
+    """feeding: what the graph is given besides tokens, such as an adapter. What goes wrong is added to `failures`."""
     causal = is_causal(architecture)
     try:
-        session = Session(path, device)
+        session = Session(path, device, feeding)
         if missing := [name for name in _required_outputs(architecture) if name not in session.outputs]:
             raise Refusal(f"it has no output {', '.join(missing)}")
         return Got(
             provider=session.provider,
             answers=[_whole(session, architecture, prompt) for prompt in prompts],
             decoded=[_stepwise(session, prompt) for prompt in prompts] if causal else [],
-            padded=_padded(session, architecture, prompts),
+            padded=_padded(session, architecture, prompts, padded_rows),
             greedy=[_onnx_greedy(session, prompt, greedy_tokens) for prompt in prompts] if causal else [],
         )
     except Refusal as refusal:
@@ -88,12 +92,14 @@ def _stepwise(session: Session, prompt: Sequence[int]) -> torch.Tensor:
     return torch.cat(parts)
 
 
-def _padded(session: Session, architecture: str, prompts: Sequence[Sequence[int]]) -> list[tuple[int, torch.Tensor]]:
+def _padded(
+    session: Session, architecture: str, prompts: Sequence[Sequence[int]], count: int
+) -> list[tuple[int, torch.Tensor]]:
     """Answers for a batch of prompts of different lengths, by the prompt's number."""
     import torch
 
     by_length = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
-    numbers = [by_length[round(row * (len(by_length) - 1) / (_PADDED_ROWS - 1))] for row in range(_PADDED_ROWS)]
+    numbers = [by_length[round(row * (len(by_length) - 1) / (count - 1))] for row in range(count)]
     rows = [prompts[number] for number in numbers]
     width = max(map(len, rows)) + _PADDING
     causal = is_causal(architecture)

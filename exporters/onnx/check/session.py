@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
 
@@ -19,11 +19,36 @@ class Refusal(Exception):
     """ONNX Runtime would not load or run the model; the message is its own."""
 
 
+class Feeding(Protocol):
+    """What a graph is given besides its tokens and cache."""
+
+    def inputs(self, rows: int) -> Mapping[str, Array]:
+        """Further inputs for a batch of so many rows."""
+        ...
+
+    def options(self) -> Any:
+        """The RunOptions of a run, or None."""
+        ...
+
+
+class _Nothing:
+    def inputs(self, rows: int) -> Mapping[str, Array]:
+        return {}
+
+    def options(self) -> None:
+        return None
+
+
+NOTHING: Feeding = _Nothing()
+
+
 class Session:
     """An inference session, fed with tokens. A cache maps input names to arrays, and is empty for a graph without."""
 
-    def __init__(self, path: Path, device: str) -> None:
+    def __init__(self, path: Path, device: str, feeding: Feeding = NOTHING) -> None:
         import onnxruntime
+
+        self._feeding = feeding
 
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4  # its errors are raised as well, and a library does not print
@@ -53,11 +78,13 @@ class Session:
         positions = np.maximum(mask.cumsum(axis=1) - 1, 0)[:, -ids.shape[1] :]
         known = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, **cache}
         known["token_type_ids"] = np.zeros_like(ids)
+        further = self._feeding.inputs(len(ids))
+        known |= further
         unknown = sorted(set(self._inputs) - set(known))
         if unknown:
             raise Refusal(f"it asks for {', '.join(unknown)}, which nothing here gives")
-        feed = {name: known[name] for name in self._inputs}
-        values = _or_refusal(lambda: self._session.run(None, feed))
+        feed = {name: known[name] for name in (*self._inputs, *further)}
+        values = _or_refusal(lambda: self._session.run(None, feed, self._feeding.options()))
         named = dict(zip(self.outputs, values, strict=True))
         presents = {name: f"present.{name.removeprefix('past_key_values.')}" for name in self._past}
         if not set(presents.values()) <= set(named):

@@ -31,11 +31,11 @@ def run_torch(
     import torch
 
     causal = is_causal(type(model).__name__)
-    answers = [_torch_answer(model, prompt) for prompt in prompts]
-    greedy = [_torch_greedy(model, prompt, greedy_tokens) for prompt in prompts] if causal else []
+    answers = [torch_answer(model, prompt) for prompt in prompts]
+    greedy = [torch_greedy(model, prompt, greedy_tokens) for prompt in prompts] if causal else []
     with _float64(model):
         error = max(
-            max_abs_difference(_torch_answer(model, prompt), answer)
+            max_abs_difference(torch_answer(model, prompt), answer)
             for prompt, answer in zip(prompts, answers, strict=True)
         )
     spacing = torch.finfo(torch.float32).eps * max(float(answer.abs().max()) for answer in answers)
@@ -43,7 +43,7 @@ def run_torch(
     if stored is not None:
         _round_at_random(model, stored)
         rounding = max(
-            max_abs_difference(_torch_answer(model, prompt), answer)
+            max_abs_difference(torch_answer(model, prompt), answer)
             for prompt, answer in zip(prompts, answers, strict=True)
         )
     return Expected(
@@ -56,7 +56,8 @@ def run_torch(
     )
 
 
-def _torch_answer(model: PreTrainedModel, prompt: Sequence[int]) -> torch.Tensor:
+def torch_answer(model: PreTrainedModel, prompt: Sequence[int]) -> torch.Tensor:
+    """The outputs on one prompt, in the form of `answer_of`."""
     import torch
 
     architecture = type(model).__name__
@@ -66,7 +67,7 @@ def _torch_answer(model: PreTrainedModel, prompt: Sequence[int]) -> torch.Tensor
     return answer_of(architecture, outputs, 0, slice(None))
 
 
-def _torch_greedy(model: PreTrainedModel, prompt: Sequence[int], count: int) -> tuple[list[int], torch.Tensor]:
+def torch_greedy(model: PreTrainedModel, prompt: Sequence[int], count: int) -> tuple[list[int], torch.Tensor]:
     """`count` tokens through transformers' own cache, an end token being a token like any other."""
     import torch
 
