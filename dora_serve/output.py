@@ -54,6 +54,45 @@ def new_folder(target: Path, *, overwrite: bool = False, inputs: Sequence[Path] 
         os.close(lock)
 
 
+@contextlib.contextmanager
+def new_file(
+    target: Path, *, overwrite: bool = False, inputs: Sequence[Path] = (), beside: Sequence[str] = ()
+) -> Iterator[Path]:
+    """A path in a hidden folder beside `target` to write to; the file becomes `target` when the block ends without an
+    exception, after files of the names `beside` that were written next to it. On any exception nothing is left.
+
+    Raises OutputError as `new_folder` does.
+    """
+    target = Path(os.path.abspath(target.expanduser()))
+    for path in inputs:
+        if os.path.realpath(path) == os.path.realpath(target):
+            raise OutputError(
+                f"The output {str(target)!r} is an input.", remedy="Give another place with -o.", path=str(target)
+            )
+    if target.is_dir():
+        raise OutputError(f"The output {str(target)!r} is a folder, wanted a file.", remedy="Name the file to write.")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _clear_stale(target)
+        if os.path.lexists(target) and not overwrite:
+            raise _exists(target, "exists")
+        folder, lock = _make_hidden(target)
+    except OSError as error:
+        raise _output_error(target, error) from error
+    try:
+        yield folder / target.name
+        _flush(folder)
+        for name in (*beside, target.name):
+            os.replace(folder / name, target.with_name(name))
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise _output_error(target, error) from error
+    finally:
+        _remove(folder)
+        os.close(lock)
+
+
 def require_space(folder: Path, nbytes: int) -> None:
     """Raise OutputError where the disk of `folder` has less than `nbytes` left."""
     free = shutil.disk_usage(folder).free

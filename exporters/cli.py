@@ -12,7 +12,7 @@ from typing import NoReturn
 
 from dora_serve import __version__
 from dora_serve.console import EXIT_INTERRUPTED, CommandParser, run_command
-from exporters.commands import demo_base, inspect, merge, push, verify
+from exporters.commands import demo_base, inspect, merge, onnx_adapter, push, verify
 
 
 def build_parser() -> CommandParser:
@@ -23,6 +23,7 @@ def build_parser() -> CommandParser:
     parser.add_argument("--version", action="version", version=f"dora-export {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     merge.add(commands)
+    onnx_adapter.add(commands)
     verify.add(commands)
     inspect.add(commands)
     push.add(commands)

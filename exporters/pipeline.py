@@ -20,8 +20,9 @@ from dora_serve.plan import MergePlan, MergeReport
 from dora_serve.progress import OnProgress, ignore_progress
 from dora_serve.safetensors_file import replace_metadata
 from dora_serve.verify import VerifyReport, verify
+from exporters.onnx_adapters.naming import file_stem
 from exporters.record import Provenance, hash_files, record, safetensors_metadata, write_record
-from exporters.registry import EXPORTERS, Exported, ExportInput
+from exporters.registry import EXPORTERS, Exported, ExportInput, ExportOptions
 from exporters.safetensors import write_model
 from exporters.sources import Sources, open_sources, plan_sources
 
@@ -56,6 +57,7 @@ class ExportRequest:
     reference: Literal["native", "peft"] = "native"
     prompts: Path | None = None
     read: ReadOptions = field(default_factory=ReadOptions)
+    options: ExportOptions = field(default_factory=ExportOptions)
     command: tuple[str, ...] = ()
 
 
@@ -77,7 +79,7 @@ def plan_export(request: ExportRequest, on_progress: OnProgress = ignore_progres
     require_device(request.device)
     sources = open_sources(request.adapter, request.base, request.read, on_progress)
     plan = plan_sources(sources, DTYPES[request.dtype] if request.dtype else None)
-    EXPORTERS[request.to].preflight(plan)
+    EXPORTERS[request.to].preflight(plan, request.options)
     return sources, plan
 
 
@@ -114,7 +116,19 @@ def run_export(request: ExportRequest, on_progress: OnProgress = ignore_progress
             metadata = safetensors_metadata(plan, provenance) | {"merged_verification": _verdict(verification)}
             for name in plan.files:
                 replace_metadata(stage / name, metadata)
-        exported = exporter.run(ExportInput(stage, folder, verification, metadata, verify_device, on_progress))
+        exported = exporter.run(
+            ExportInput(
+                merged=stage,
+                out=folder,
+                plan=plan,
+                name=file_stem(sources.adapter.spec),
+                options=request.options,
+                verification=verification,
+                metadata=metadata,
+                device=verify_device,
+                on_progress=on_progress,
+            )
+        )
         if exported.failures and not request.unproven:
             raise _failed(request, folder, stage, exported.failures, verification)
         shutil.rmtree(stage)

@@ -6,14 +6,19 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dora_serve import __version__
+from dora_serve.adapter import Adapter
 from dora_serve.hub import Located
 from dora_serve.plan import MergePlan
 from dora_serve.progress import OnProgress, Progress, ignore_progress
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 RECORD_NAME = "dora_export.json"
 _CHUNK = 1 << 22
@@ -108,6 +113,28 @@ def record(
         },
         "verification": verification,
         **artifacts,
+    }
+
+
+def adapter_record(
+    located: Located,
+    adapter: Adapter,
+    command: tuple[str, ...],
+    adapter_hashes: Mapping[str, str],
+    written: DataclassInstance,
+    output_hashes: Mapping[str, str],
+) -> dict[str, object]:
+    """The record of one adapter file for a base that was exported before, as plain values."""
+    return {
+        "tool": "dora-serve",
+        "version": __version__,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": list(command),
+        "exporter": "onnx-adapter",
+        "adapter": {**_source(located, adapter_hashes), "format": adapter.format, "method": adapter.method},
+        "notes": list(adapter.notes),
+        "files": dict(output_hashes),
+        "onnx_adapter": asdict(written),
     }
 
 

@@ -15,26 +15,39 @@ from dora_serve.forward_check import ForwardReport
 from dora_serve.plan import MergePlan
 from dora_serve.progress import OnProgress, Progress
 from dora_serve.verify import VerifyReport
+from exporters.onnx_adapters.options import SlotOptions
 
 if TYPE_CHECKING:
     from exporters.onnx.check.report import OnnxCheck
     from exporters.onnx.options import OnnxOptions
+    from exporters.onnx_adapters.adapter_file import SlottedBase
+    from exporters.onnx_adapters.check import SwapCheck
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What a user says of one exporter and the others do not look at."""
+
+    onnx: OnnxOptions | None = None
+    slots: SlotOptions = field(default_factory=SlotOptions)
 
 
 @dataclass(frozen=True)
 class ExportInput:
     """merged: the merged model's folder, which an exporter may empty. out: where to write, existing and empty but for
-    hidden names. verification: None where it was switched off. metadata: of the sources, for the artifact's header.
-    onnx: what was chosen of an ONNX export.
+    hidden names. plan: what was merged, with the base and the adapter as they were. name: of the adapter, for a file.
+    verification: None where it was switched off. metadata: of the sources, for the artifact's header.
     """
 
     merged: Path
     out: Path
+    plan: MergePlan
+    name: str
+    options: ExportOptions
     verification: VerifyReport | None
     metadata: Mapping[str, str]
     device: str
     on_progress: OnProgress
-    onnx: OnnxOptions | None = None
 
 
 @dataclass(frozen=True)
@@ -49,15 +62,15 @@ class Exported:
 class Exporter:
     """preflight: raises what can be known before anything is merged. run: writes and compares."""
 
-    preflight: Callable[[MergePlan], None]
+    preflight: Callable[[MergePlan, ExportOptions], None]
     run: Callable[[ExportInput], Exported]
 
 
-def _nothing_to_check(plan: MergePlan) -> None:
+def _nothing_to_check(plan: MergePlan, options: ExportOptions) -> None:
     """Any merge can be written as safetensors."""
 
 
-def _check_onnx_architecture(plan: MergePlan) -> None:
+def _check_onnx_architecture(plan: MergePlan, options: ExportOptions) -> None:
     from exporters.onnx.architectures import architecture_of
     from exporters.onnx.loading import require
 
@@ -78,7 +91,7 @@ def export_onnx_folder(given: ExportInput) -> Exported:
     from exporters.onnx.export import export_onnx
 
     say = _in_words(given.on_progress)
-    exported = export_onnx(given.merged, given.out, given.onnx, metadata=given.metadata, on_progress=say)
+    exported = export_onnx(given.merged, given.out, given.options.onnx, metadata=given.metadata, on_progress=say)
     for relative in side_files(given.merged):
         (given.out / relative).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(given.merged / relative, given.out / relative)
@@ -100,6 +113,67 @@ def compare_onnx(
     return check_onnx(graph, merged, prompts, reference_logits=reference, device=device, on_progress=say)
 
 
+def _check_slots(plan: MergePlan, options: ExportOptions) -> None:
+    from exporters.onnx.architectures import architecture_of
+    from exporters.onnx.loading import require
+    from exporters.onnx_adapters.export import require_servable
+
+    require("onnx", "onnxscript", "onnxruntime", "transformers")
+    require_servable(plan.adapter, options.slots)
+    architecture_of(plan.base.folder)
+
+
+def export_onnx_adapters(given: ExportInput) -> Exported:
+    """The base as ONNX with adapter slots, and the adapter as a file for them, compared with torch unmerged."""
+    from exporters.onnx_adapters.export import export_slotted
+
+    base, adapter = given.plan.base.folder, given.plan.adapter
+    made = export_slotted(
+        base,
+        given.out,
+        adapter,
+        given.name,
+        given.options.slots,
+        given.options.onnx,
+        metadata={key: value for key, value in given.metadata.items() if "adapter" not in key},
+        on_progress=given.on_progress,
+    )
+    table = made.base.table
+    values: dict[str, object] = {
+        "onnx": made.onnx.to_json(),
+        "slots": {
+            "count": len(table.slots),
+            "mixed_batches": table.mixed,
+            "rank": table.rank,
+            "base_sha256": table.fingerprint,
+            "without": list(table.without),
+        },
+        "onnx_adapter": asdict(made.adapter),
+    }
+    if given.verification is None:
+        return Exported(values)
+    check = compare_swapped(
+        made.base, made.adapter_path, given.plan, given.verification.forward, given.device, given.on_progress
+    )
+    return Exported({**values, "swap_check": asdict(check)}, check.failures)
+
+
+def compare_swapped(
+    base: SlottedBase,
+    adapter_path: Path,
+    plan: MergePlan,
+    forward: ForwardReport | None,
+    device: str,
+    on_progress: OnProgress,
+) -> SwapCheck:
+    """A slotted graph with an adapter file against torch's unmerged forward, on the verification's own prompts."""
+    from exporters.onnx_adapters.check import check_swap
+
+    prompts, _ = _prompts(forward)
+    say = _in_words(on_progress)
+    return check_swap(base, adapter_path, plan.base.folder, plan.adapter, prompts, device=device, on_progress=say)
+
+
 def _in_words(on_progress: OnProgress) -> Callable[[str], None]:
     return lambda stage: on_progress(Progress(stage, 0, None, ""))
 
@@ -107,6 +181,7 @@ def _in_words(on_progress: OnProgress) -> Callable[[str], None]:
 EXPORTERS: Mapping[str, Exporter] = {
     "safetensors": Exporter(_nothing_to_check, export_safetensors),
     "onnx": Exporter(_check_onnx_architecture, export_onnx_folder),
+    "onnx-adapters": Exporter(_check_slots, export_onnx_adapters),
 }
 
 

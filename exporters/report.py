@@ -46,8 +46,48 @@ def export_text(export: Export) -> str:
         lines += ["", verification_text(export.verification)]
     onnx: Any = export.exported.values.get("onnx")
     if onnx is not None:
-        lines += ["", onnx_export_text(onnx), _onnx_text(export.exported.values.get("onnx_check"))]
+        lines += ["", onnx_export_text(onnx)]
+        if "slots" in export.exported.values:
+            lines += _slots_text(export.exported.values)
+        else:
+            lines.append(_onnx_text(export.exported.values.get("onnx_check")))
     return "\n".join([*lines, "", f"Written to {export.out}"])
+
+
+def _slots_text(values: Mapping[str, Any]) -> list[str]:
+    """What a graph with adapter slots was found to do with its first adapter."""
+    slots, adapter, check = values["slots"], values["onnx_adapter"], values.get("swap_check")
+    kind = ", for mixed batches" if slots["mixed_batches"] else ""
+    fixed = f", rank {slots['rank']}" if slots["rank"] else ""
+    lines = [
+        f"Slots: {slots['count']}{fixed}{kind}",
+        f"Adapter file: adapters/{adapter['file']}, {adapter['method']}, {format_bytes(adapter['bytes'])}",
+    ]
+    if check is None:
+        return [*lines, "NOT COMPARED with torch (--no-verify)."]
+    return [*lines, "", swap_text(check)]
+
+
+def swap_text(check: Mapping[str, Any]) -> str:
+    """The comparison of a slotted graph and an adapter file with torch's unmerged forward."""
+    rows = [
+        ["without an adapter, from torch's base", _number(check["base_max_abs"]), "", _optional(check["base_kl"])],
+        ["whole prompts", _number(check["max_abs"]), _number(check["tolerance"]), _optional(check["kl"])],
+    ]
+    if check["decode_max_abs"] is not None:
+        rows.append(["through the cache", _number(check["decode_max_abs"]), _number(check["tolerance"]), ""])
+    rows.append(["a padded batch of 4", _number(check["padded_max_abs"]), _number(check["tolerance"]), ""])
+    rows.append(["the adapter's effect", _number(check["effect_max_abs"]), "", ""])
+    if check["without_magnitude_max_abs"] is not None:
+        rows.append(["if the magnitude were ignored", _number(check["without_magnitude_max_abs"]), "", ""])
+    title = f"ONNX Runtime ({check['provider']}) with the adapter swapped in, how far from torch's unmerged forward"
+    table = format_table(rows, ("", "largest", "allowed", "KL"))
+    greedy = f"; {check['greedy_equal']} of {check['greedy_total']} go on alike" if check["greedy_total"] else ""
+    return f"{title}\n{table}\n{check['prompts']} prompts{greedy}."
+
+
+def _optional(value: float | None) -> str:
+    return "" if value is None else _number(value)
 
 
 def verification_text(report: VerifyReport) -> str:
@@ -78,6 +118,10 @@ def verification_text(report: VerifyReport) -> str:
 def folder_text(report: FolderReport) -> str:
     """The verification of a folder; of an ONNX folder also the graph's."""
     text = verification_text(report.model)
+    if report.swap is not None:
+        failures = "\n".join(f"  - {failure}" for failure in report.onnx_failures)
+        verdict = f"FAILED:\n{failures}" if failures else "Verified: base and adapter file are the unmerged model."
+        return "\n\n".join(["A merge of the same adapter, for comparison:", text, swap_text(report.swap), verdict])
     if report.onnx is None:
         return text
     failures = "\n".join(f"  - {failure}" for failure in report.onnx_failures)

@@ -20,7 +20,9 @@ from dora_serve.forward_check import ForwardOptions
 from dora_serve.progress import OnProgress, ignore_progress
 from dora_serve.resolve import MERGEABLE_DTYPES
 from dora_serve.verify import VerifyReport, verify
-from exporters.registry import compare_onnx
+from exporters.onnx_adapters.adapter_file import open_slotted
+from exporters.onnx_adapters.naming import ADAPTERS, SUFFIX, file_stem
+from exporters.registry import compare_onnx, compare_swapped
 from exporters.safetensors import write_model
 from exporters.sources import Sources, plan_sources
 
@@ -30,12 +32,14 @@ _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.onnx", "pytorch_mode
 @dataclass(frozen=True)
 class FolderReport:
     """model: the check of the merged weights (for ONNX, of the merge that the graph is compared with). onnx: the
-    comparison of the graph, and onnx_failures what is wrong with it; both empty for safetensors.
+    comparison of the graph, or swap that of a base with slots and an adapter file; onnx_failures what is wrong with
+    it. All empty for safetensors.
     """
 
     model: VerifyReport
     onnx: Mapping[str, object] | None = None
     onnx_failures: tuple[str, ...] = ()
+    swap: Mapping[str, object] | None = None
 
     @property
     def passed(self) -> bool:
@@ -46,8 +50,8 @@ class FolderReport:
         return (*self.model.failures, *self.onnx_failures)
 
     def to_json(self) -> dict[str, object]:
-        failures = list(self.failures)
-        return {**self.model.to_json(), "passed": self.passed, "failures": failures, "onnx_check": self.onnx}
+        both = {"onnx_check": self.onnx, "swap_check": self.swap}
+        return {**self.model.to_json(), "passed": self.passed, "failures": list(self.failures), **both}
 
 
 def verify_folder(
@@ -55,6 +59,8 @@ def verify_folder(
 ) -> FolderReport:
     """Check a merged folder, whoever made it. Raises PlanError for an adapter that does not fit the base."""
     graphs = sorted(folder.glob("*.onnx"))
+    if (folder / ADAPTERS).is_dir() and graphs:
+        return _verify_slotted(folder, sources, options, on_progress)
     if not graphs or any(folder.glob("*.safetensors")):
         return FolderReport(verify(plan_sources(sources), folder, options, on_progress=on_progress))
     with tempfile.TemporaryDirectory(prefix="dora-export-verify-") as scratch:
@@ -64,6 +70,35 @@ def verify_folder(
         device = "cuda" if torch.cuda.is_available() and options.device != "cpu" else "cpu"
         check = compare_onnx(graphs[0], Path(scratch), report.forward, device, on_progress)
     return FolderReport(report, asdict(check), check.failures)
+
+
+def _verify_slotted(folder: Path, sources: Sources, options: ForwardOptions, on_progress: OnProgress) -> FolderReport:
+    """Of a base with adapter slots: the file of this adapter on it, whoever made that, beside a merge of our own."""
+    base = open_slotted(folder)
+    with tempfile.TemporaryDirectory(prefix="dora-export-verify-") as scratch:
+        plan = plan_sources(sources)
+        write_model(plan, Path(scratch), metadata={"format": "pt"}, on_progress=on_progress)
+        report = verify(plan, Path(scratch), options, on_progress=on_progress)
+    device = "cuda" if torch.cuda.is_available() and options.device != "cpu" else "cpu"
+    file = _adapter_file(folder, sources)
+    check = compare_swapped(base, file, plan, report.forward, device, on_progress)
+    return FolderReport(report, None, check.failures, asdict(check))
+
+
+def _adapter_file(folder: Path, sources: Sources) -> Path:
+    """The file that is called as the adapter is, or the only one. Raises CheckpointError where that tells none."""
+    files = sorted((folder / ADAPTERS).glob(f"*{SUFFIX}"))
+    named = [path for path in files if path.stem == file_stem(sources.adapter.spec)]
+    if len(named) == 1:
+        return named[0]
+    if len(files) == 1:
+        return files[0]
+    raise CheckpointError(
+        f"{str(folder / ADAPTERS)!r} holds {', '.join(path.name for path in files) or 'no adapter file'}, and none is "
+        f"called {file_stem(sources.adapter.spec)}{SUFFIX}.",
+        remedy="Make it: dora-export onnx-adapter ADAPTER --for FOLDER",
+        path=str(folder),
+    )
 
 
 def require_merged_folder(folder: Path, *, adapter: str, base: str) -> None:

@@ -19,7 +19,7 @@ LEVELS: tuple[set[str], ...] = (
     {"dora_serve", "dora_serve.errors", "dora_serve.progress"},
     {"dora_serve.adapter", "dora_serve.ops", "dora_serve.safetensors_file"},
     set(),
-    {"dora_serve.engine", "dora_serve.merge", "dora_serve.verify"},
+    {"dora_serve.engine", "dora_serve.onnx_engine", "dora_serve.merge", "dora_serve.verify"},
     {"dora_serve.cli", "dora_serve.vllm_plugin"},
     {"exporters"},
     {"app"},
@@ -179,7 +179,8 @@ def _python(source: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", source], cwd=ROOT, capture_output=True, text=True, check=False)
 
 
-COMMANDS = [("exporters.cli", command) for command in ("", "merge", "verify", "inspect", "push", "demo-base")]
+EXPORT_COMMANDS = ("", "merge", "onnx-adapter", "verify", "inspect", "push", "demo-base")
+COMMANDS = [("exporters.cli", command) for command in EXPORT_COMMANDS]
 COMMANDS += [("dora_serve.cli", command) for command in ("", "generate", "app")]
 
 

@@ -9,10 +9,10 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from dora_serve.console import EXIT_FAILED, name_argument, path_argument, read_options
-from exporters.commands import push
+from exporters.commands import push, slots
 from exporters.commands.shared import Commands, add_reading_and_json, add_verification, show_progress
 
-EXPORTER_NAMES = ("safetensors", "onnx")
+EXPORTER_NAMES = ("safetensors", "onnx", "onnx-adapters")
 DTYPE_NAMES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -39,12 +39,15 @@ def add(commands: Commands) -> None:
     parser.add_argument("--keep-failed", action="store_true", help="keep what failed, as OUT.FAILED-VERIFICATION")
     parser.add_argument("--push", type=name_argument, metavar="REPO_ID", help="publish what was made, as push does")
     push.add_publishing(parser)
+    slots.add(parser)
     add_verification(parser)
     add_reading_and_json(parser)
     parser.set_defaults(run=run, misused=misused, when_interrupted=_when_interrupted)
 
 
 def misused(options: argparse.Namespace) -> str | None:
+    if wrong := slots.misused(options):
+        return wrong
     if options.push is None:
         if options.public or options.pr or options.unverified or options.revision is not None:
             return "--public, --pr, --revision and --unverified are about --push REPO_ID"
@@ -75,6 +78,7 @@ def run(options: argparse.Namespace) -> int:
     from exporters.hub import require_writable
     from exporters.pipeline import ExportRequest, plan_export, run_export
     from exporters.push_report import push_text
+    from exporters.registry import ExportOptions
     from exporters.report import export_text, plan_text
 
     request = ExportRequest(
@@ -92,6 +96,7 @@ def run(options: argparse.Namespace) -> int:
         reference=options.reference,
         prompts=options.prompts,
         read=read_options(options),
+        options=ExportOptions(slots=slots.slot_options(options)),
         command=options.given,
     )
     with ExitStack() as stack:

@@ -57,6 +57,18 @@ def run_onnx(
         return Got(provider="none", answers=[], decoded=[], padded=[], greedy=[])
 
 
+def whole_answers(
+    path: Path, device: str, architecture: str, prompts: Sequence[Sequence[int]], failures: list[str], feeding: Feeding
+) -> list[torch.Tensor]:
+    """The answers on whole prompts alone, none where ONNX Runtime cannot give them."""
+    try:
+        session = Session(path, device, feeding)
+        return [_whole(session, architecture, prompt) for prompt in prompts]
+    except Refusal as refusal:
+        failures.append(f"ONNX Runtime cannot run the model: {refusal}.")
+        return []
+
+
 def _required_outputs(architecture: str) -> tuple[str, ...]:
     return tuple(name for name in output_names(architecture) if name != "pooler_output")
 

@@ -41,7 +41,7 @@ def run_torch(
     spacing = torch.finfo(torch.float32).eps * max(float(answer.abs().max()) for answer in answers)
     rounding = None
     if stored is not None:
-        _round_at_random(model, stored)
+        round_at_random(model, stored)
         rounding = max(
             max_abs_difference(torch_answer(model, prompt), answer)
             for prompt, answer in zip(prompts, answers, strict=True)
@@ -115,7 +115,7 @@ def _float64(model: PreTrainedModel) -> Iterator[None]:
         convert(embeddings, torch.float32)
 
 
-def _round_at_random(model: PreTrainedModel, dtype: torch.dtype) -> None:
+def round_at_random(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Give every weight an error drawn uniformly within half a spacing of `dtype`, as rounding to it does."""
     import torch
 

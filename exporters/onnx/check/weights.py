@@ -39,6 +39,7 @@ def compare_weights(onnx_path: Path, model_folder: Path, model: PreTrainedModel,
         name: value.const_value
         for name, value in initializers.items()
         if value.const_value is not None
+        and not value.is_graph_input()  # a default that is fed over, not a weight
         and value.const_value.dtype.is_floating_point()
         and (len(value.const_value.shape) > 1 or name in loaded)
     }

@@ -1,0 +1,249 @@
+"""A slotted graph with an adapter on it, in ONNX Runtime, against torch's unmerged forward of base and adapter."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from math import inf
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dora_serve.adapter import Adapter
+from dora_serve.module_names import is_conv1d
+from dora_serve.onnx_engine.adapters import AdapterFile, Inputs, OneSlot, Switch, read_adapter_file
+from dora_serve.onnx_engine.slots import SlotTable
+from dora_serve.reference import attach_adapter
+from exporters.onnx.architectures import architecture_of, is_causal, output_names
+from exporters.onnx.check.answers import Expected, Got
+from exporters.onnx.check.comparing import count_greedy
+from exporters.onnx.check.distances import kl_divergence, max_abs_difference, top1_agreement
+from exporters.onnx.check.onnx_side import run_onnx, whole_answers
+from exporters.onnx.check.session import Feeding
+from exporters.onnx.check.torch_side import round_at_random, torch_answer, torch_greedy
+from exporters.onnx.check.weights import compare_weights
+from exporters.onnx.loading import load_model, quiet, require
+from exporters.onnx_adapters.adapter_file import SlottedBase
+from exporters.onnx_adapters.linears import Linear
+from exporters.onnx_adapters.weights import weight_blocks
+
+if TYPE_CHECKING:
+    import torch
+
+FLOAT32_KL = 1e-8
+"""Nats per position: what float32 may lose. The good routes measured 4e-11 and less; a fault has 1e-4 and more."""
+
+_ROUNDING_FACTOR = 8.0
+"""How far two evaluations in float32 may be apart, in units of what errors of half a spacing on every weight do to the
+answers. With the shipped adapters those do 0.7 to 1.2 of what torch's float32 differs from its float64 by."""
+
+_FLOOR = 2.0
+"""Least such effect, in spacings of float32 at the largest logit: a tiny model can be exact by luck."""
+
+_BASE_FACTOR = 4.0
+"""Where the graph computes in something coarser: how much further from torch it may be with an adapter than without."""
+
+_PADDED_ROWS = 4
+
+
+@dataclass(frozen=True)
+class SwapCheck:
+    """What was found. Differences are of logits, or of a head's outputs; KL in nats per position, from torch.
+
+    base_max_abs, base_kl: the graph without an adapter against torch's base. max_abs, kl, top1: with the adapter,
+    against torch's unmerged forward, whole prompts; decode_max_abs: through the cache; padded_max_abs: a padded batch
+    of 4. tolerance and kl_limit: for the adapter's. effect_max_abs: how far the adapter moves torch's answers, 0 for
+    one that changes nothing. without_magnitude_max_abs: the distance when the file's norm_scale is left out, which has
+    to be seen; None for LoRA. greedy_equal of greedy_total prompts go on with the same tokens.
+    reference: what torch ran: "base", or "dequantized" where the graph's weights are codes.
+    """
+
+    prompts: int
+    reference: str
+    provider: str
+    base_max_abs: float
+    base_kl: float | None
+    max_abs: float
+    kl: float | None
+    kl_limit: float | None
+    top1: float | None
+    decode_max_abs: float | None
+    padded_max_abs: float
+    tolerance: float
+    effect_max_abs: float
+    without_magnitude_max_abs: float | None
+    greedy_equal: int
+    greedy_total: int
+    passed: bool
+    failures: tuple[str, ...]
+
+
+def check_swap(
+    base: SlottedBase,
+    adapter_file: Path,
+    model_folder: Path,
+    adapter: Adapter,
+    prompts: Sequence[Sequence[int]],
+    *,
+    device: str = "cpu",
+    greedy_tokens: int = 16,
+    on_progress: Callable[[str], None] | None = None,
+) -> SwapCheck:
+    """Compare the graph, with and without `adapter_file`, with torch on `model_folder`, with and without `adapter`.
+
+    Torch runs in float32 with eager attention, the adapter by `dora_serve.reference`, which shares no code with what
+    made the file. Where the graph's weights are codes, torch is given the numbers that these stand for: what
+    quantizing cost is not the adapter's fault, and its norms are taken over those numbers.
+
+    Raises ValueError without prompts; what `load_model` and `read_adapter_file` raise.
+    """
+    require("onnxruntime", "onnx_ir", "transformers")
+    if not prompts or not all(prompts):
+        raise ValueError("check_swap needs at least one prompt, and none may be empty")
+    import torch
+
+    tell = on_progress or (lambda message: None)
+    failures: list[str] = []
+    file, architecture = read_adapter_file(adapter_file, base.table), architecture_of(model_folder)
+    packed = [linear for linear in base.linears.values() if linear.storage == "packed"]
+    with quiet(), torch.no_grad():
+        tell("running torch, the adapter unmerged")
+        model: Any = load_model(model_folder, attention="eager", experts="eager")
+        torch.nn.Module.to(model, device)
+        if packed:
+            _serve_the_same(model, packed)
+        else:
+            compare_weights(base.path, model_folder, model, failures)
+        plain = [torch_answer(model, prompt) for prompt in prompts]
+        with attach_adapter(model, adapter):
+            wanted = [torch_answer(model, prompt) for prompt in prompts]
+            causal = is_causal(architecture)
+            greedy = [torch_greedy(model, prompt, greedy_tokens) for prompt in prompts] if causal else []
+            round_at_random(model, torch.float32)
+            moved = [torch_answer(model, prompt) for prompt in prompts]
+        del model
+        tell("running ONNX Runtime, with the adapter and without")
+
+        where = (base.path, device, architecture, prompts)
+        without = whole_answers(*where, failures, _on(base.table, None))
+        swapped = run_onnx(*where, greedy_tokens, failures, feeding=_on(base.table, file), padded_rows=_PADDED_ROWS)
+        spoiled = None
+        if file.is_dora:
+            spoiled = whole_answers(*where, failures, _on(base.table, _without_magnitude(file), as_inputs=True))
+    exact = not packed and base.table.dtype == "float32"
+    tolerance = _tolerance(wanted, moved)
+    if not exact:
+        tolerance = max(tolerance, _BASE_FACTOR * _distance(without, plain))
+    # Of a model that is not finite nothing may pass.
+    tolerance = tolerance if tolerance < inf else 0.0
+    expected = Expected(wanted, greedy, tolerance, None, "last_hidden_state" not in output_names(architecture))
+    return _judge(expected, plain, without, swapped, spoiled, exact=exact, failures=failures)
+
+
+def _tolerance(wanted: Sequence[torch.Tensor], moved: Sequence[torch.Tensor]) -> float:
+    """For the largest difference between two evaluations in float32."""
+    spacing = float(np.finfo(np.float32).eps) * max(float(answer.abs().max()) for answer in wanted)
+    return _ROUNDING_FACTOR * max(_distance(moved, wanted), _FLOOR * spacing)
+
+
+def _on(table: SlotTable, adapter: AdapterFile | None, *, as_inputs: bool = False) -> Feeding:
+    if table.mixed:
+        return OneSlot(table, adapter)
+    return Inputs(adapter) if as_inputs and adapter is not None else Switch(adapter)
+
+
+def _without_magnitude(file: AdapterFile) -> AdapterFile:
+    """As a tool that takes DoRA for LoRA would serve it."""
+    ones = {name: np.ones_like(value) for name, value in file.tensors.items() if name.endswith(".norm_scale")}
+    return replace(file, tensors={**file.tensors, **ones})
+
+
+def _serve_the_same(model: Any, packed: Sequence[Linear]) -> None:
+    """Give the torch model the numbers that the graph's codes stand for."""
+    modules = dict(model.named_modules())
+    for linear in packed:
+        weight = modules[linear.module].weight
+        shared = [one.weight for one in modules.values() if getattr(one, "weight", None) is weight]
+        if len(shared) > 1:  # a tied head of which the graph quantized this side alone
+            weight = modules[linear.module].weight = copy.deepcopy(weight)
+        flipped = tuple(weight.shape) != (linear.out_features, linear.in_features) or is_conv1d(modules[linear.module])
+        target = weight.data.T if flipped else weight.data
+        for start, rows in weight_blocks(linear):
+            target[start : start + len(rows)] = rows.to(target)
+
+
+def _judge(
+    expected: Expected,
+    plain: Sequence[torch.Tensor],
+    without: Sequence[torch.Tensor],
+    swapped: Got,
+    spoiled: Sequence[torch.Tensor] | None,
+    *,
+    exact: bool,
+    failures: list[str],
+) -> SwapCheck:
+    wanted, tolerance = expected.answers, expected.tolerance
+    base_max_abs, base_kl = _distance(without, plain), _kl(without, plain, expected.distributions)
+    kl_limit = None if base_kl is None else FLOAT32_KL if exact else max(FLOAT32_KL, _BASE_FACTOR * base_kl)
+    if exact and base_kl is not None and base_kl > FLOAT32_KL:
+        failures.append(f"Without an adapter the KL divergence from the base is {base_kl:.3g}.")
+    max_abs, kl = _distance(swapped.answers, wanted), _kl(swapped.answers, wanted, expected.distributions)
+    decode = _distance(swapped.decoded, wanted) if expected.greedy else None
+    padded = _distance([answer for _, answer in swapped.padded], [wanted[number] for number, _ in swapped.padded])
+    for what, distance in (
+        ("A whole prompt", max_abs),
+        ("A prompt through the cache", decode),
+        ("A padded batch", padded),
+    ):
+        if distance is not None and distance > tolerance:
+            failures.append(
+                f"{what} with the adapter differs from the unmerged model by {distance:.3g}, and {tolerance:.3g} is "
+                "allowed."
+            )
+    if kl is not None and kl_limit is not None and kl > kl_limit:
+        failures.append(f"The KL divergence from the unmerged model is {kl:.3g}, and {kl_limit:.3g} is allowed.")
+    effect = _distance(plain, wanted)
+    if tolerance < effect < inf and max_abs > 0.5 * effect:
+        failures.append("The graph answers as it does without the adapter, or nearly: is the adapter ignored?")
+    lost = None if spoiled is None else _distance(spoiled, wanted)
+    if lost is not None and lost <= tolerance < effect and exact:
+        failures.append("The answers are the same without the file's norm_scale: the magnitude is ignored.")
+    return SwapCheck(
+        prompts=len(wanted),
+        reference="base" if exact else "dequantized",
+        provider=swapped.provider,
+        base_max_abs=base_max_abs,
+        base_kl=base_kl,
+        max_abs=max_abs,
+        kl=kl,
+        kl_limit=kl_limit,
+        top1=top1_agreement(_pairs(swapped.answers, wanted)) if kl is not None and kl < inf else None,
+        decode_max_abs=decode,
+        padded_max_abs=padded,
+        tolerance=tolerance,
+        effect_max_abs=effect,
+        without_magnitude_max_abs=lost,
+        greedy_equal=count_greedy(expected, swapped, failures),
+        greedy_total=len(expected.greedy),
+        passed=not failures,
+        failures=tuple(failures),
+    )
+
+
+def _pairs(got: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    return list(zip(got, wanted, strict=True))
+
+
+def _distance(got: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]) -> float:
+    """The largest difference; infinite where there is nothing to compare."""
+    if len(got) != len(wanted):
+        return inf
+    return max((max_abs_difference(one, other) for one, other in _pairs(got, wanted)), default=inf)
+
+
+def _kl(got: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor], distributions: bool) -> float | None:
+    if not distributions:
+        return None
+    return kl_divergence(_pairs(got, wanted)) if _distance(got, wanted) < inf else inf
