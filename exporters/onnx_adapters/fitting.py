@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from dora_serve.adapter import Adapter, LoraWeights, Replacement
-from dora_serve.checkpoint import ShardedCheckpoint
+from dora_serve.checkpoint import ShardedCheckpoint, read_json
 from dora_serve.errors import PlanError, Problem
 from dora_serve.names import ParameterNames
 from dora_serve.onnx_engine.slots import Slot, SlotTable
 from dora_serve.ops import add_delta, norm_scale, row_norms
 from dora_serve.progress import OnProgress, Progress, ignore_progress
 from dora_serve.resolve import HINTED_PROBLEMS
+from dora_serve.rotary import in_base_order
 from dora_serve.safetensors_file import TensorEntry
 from exporters.onnx_adapters.linears import Linear
 from exporters.onnx_adapters.weights import array_of, weight_blocks
@@ -44,6 +45,7 @@ def fit_adapter(
     Raises PlanError with every problem: a module that the graph does not have or has no slot for, factors of another
     size, a rank above a fixed one, two updates of one slot, and all that has no unmerged form here.
     """
+    adapter = in_base_order(adapter, read_json(graph.parent))
     problems = [*unservable(adapter), *_replaced(adapter, linears)]
     names = _names(linears, graph)
     fitted: dict[str, LoraWeights] = {}
@@ -56,7 +58,7 @@ def fit_adapter(
                 Problem(weights.module, f"a second update of the slot {found.module}", "one update of each")
             )
         else:
-            fitted[found.module] = weights
+            fitted[found.module] = weights.of_width(found.in_features)
     if problems:
         said = f" It says it was trained on {adapter.base!r}." if adapter.base else ""
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
@@ -80,13 +82,7 @@ def slot_tensors(
     for done, (module, weights) in enumerate(fitted.items()):
         on_progress(Progress("taking norms", done, len(fitted), "layers"))
         lora_a, lora_b = weights.lora_A.load().double(), weights.lora_B.load().double()
-        scale = torch.ones(len(lora_b), dtype=torch.float64)
-        if weights.magnitude is not None:
-            magnitude = weights.magnitude.load().double()
-            for start, rows in weight_blocks(linears[module]):
-                part = slice(start, start + len(rows))
-                norms = row_norms(add_delta(rows, lora_a, lora_b[part], weights.scaling))
-                scale[part] = norm_scale(magnitude[part], norms)
+        scale = _scale(weights, lora_a, lora_b, linears[module])
         if not torch.isfinite(scale).all():
             raise PlanError(
                 f"The DoRA of {module} cannot be served.",
@@ -94,6 +90,21 @@ def slot_tensors(
                 remedy="Was it trained on this base?",
             )
         yield module, SlotTensors(lora_a.T.contiguous(), (lora_b.T * (weights.scaling * scale)).contiguous(), scale)
+
+
+def _scale(weights: LoraWeights, lora_a: torch.Tensor, lora_b: torch.Tensor, linear: Linear) -> torch.Tensor:
+    """(out,) in float64: ones for plain LoRA."""
+    if weights.magnitude is None:
+        return torch.ones(len(lora_b), dtype=torch.float64)
+    magnitude = weights.magnitude.load().double()
+    if weights.norm.axis is None:  # it is m / ||V|| already
+        return magnitude
+    scale = torch.empty_like(magnitude)
+    for start, rows in weight_blocks(linear):
+        part = slice(start, start + len(rows))
+        norms = row_norms(add_delta(rows, lora_a, lora_b[part], weights.scaling)) + weights.norm.eps
+        scale[part] = norm_scale(magnitude[part], norms)
+    return scale
 
 
 def _names(linears: Mapping[str, Linear], graph: Path) -> ParameterNames:
@@ -124,6 +135,7 @@ def _find(weights: LoraWeights, table: SlotTable, names: ParameterNames, *, hint
         return Problem(weights.module, f"the layer {module}, which has no adapter slot", "one that has", how)
     if (slot.kind == "embedding") != (weights.kind == "embedding"):
         return Problem(weights.module, f"factors for a layer of kind {weights.kind}", f"for one of kind {slot.kind}")
+    weights = weights.of_width(slot.in_features)
     wanted, got = (slot.out_features, slot.in_features), (weights.lora_B.shape[0], weights.lora_A.shape[1])
     if got != wanted:
         factors = f"lora_A {list(weights.lora_A.shape)} and lora_B {list(weights.lora_B.shape)}"
@@ -152,6 +164,10 @@ def unservable(adapter: Adapter) -> Iterator[Problem]:
     for rows in adapter.token_rows:
         yield Problem(rows.module, "trained token rows", _WANTED, _MERGE)
     for weights in adapter.modules:
+        if weights.magnitude is not None and weights.norm.axis == "in":
+            yield Problem(weights.module, "a magnitude for each input", "one for each output", _MERGE)
+        if weights.magnitude is not None and weights.norm.scales_bias:
+            yield Problem(weights.module, "a magnitude that scales the bias too", "one of W x alone", _MERGE)
         if weights.lora_bias is not None:
             yield Problem(weights.module, "a trained bias (lora_B.bias)", _WANTED, _MERGE)
         if weights.kind == "conv":
