@@ -80,11 +80,11 @@ def export_slotted(
         on_progress(Progress(stage, 0, None, ""))
 
     exported = export_onnx(base_folder, out, onnx, metadata=metadata, on_progress=say)
-    say("putting slots into the graph")
-    put_slots(exported.path, adapter, options)
     for relative in side_files(base_folder):
         (out / relative).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(base_folder / relative, out / relative)
+    say("putting slots into the graph")
+    put_slots(exported.path, adapter, options)
     base = open_slotted(out)
     (out / ADAPTERS).mkdir()
     path = out / ADAPTERS / f"{name}{SUFFIX}"

@@ -16,7 +16,7 @@ from dora_serve.onnx_engine.slots import Slot, SlotTable
 from dora_serve.ops import add_delta, norm_scale, row_norms
 from dora_serve.progress import OnProgress, Progress, ignore_progress
 from dora_serve.resolve import HINTED_PROBLEMS
-from dora_serve.rotary import in_base_order
+from dora_serve.row_order import in_base_order
 from dora_serve.safetensors_file import TensorEntry
 from exporters.onnx_adapters.linears import Linear
 from exporters.onnx_adapters.weights import array_of, weight_blocks
@@ -152,7 +152,7 @@ def _find(weights: LoraWeights, table: SlotTable, names: ParameterNames, *, hint
 
 def adapted_layers(adapter: Adapter, linears: Mapping[str, Linear], graph: Path) -> frozenset[str]:
     """The layers of a graph that an adapter changes, of those that it names as the graph does."""
-    names = _names(linears, graph)
+    adapter, names = in_base_order(adapter, read_json(graph.parent)), _names(linears, graph)
     found = (names.find(f"{weights.module}.weight") for weights in adapter.modules)
     return frozenset(places[0].tensor.removesuffix(".weight") for places in found if len(places) == 1)
 
