@@ -11,6 +11,7 @@ import json
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dora_serve import __version__
@@ -48,14 +49,19 @@ def build_parser() -> CommandParser:
     generate = commands.add_parser(
         "generate", help="continue one prompt with the base and with every adapter given, in one batch"
     )
-    generate.add_argument("base", type=name_argument, metavar="BASE", help="folder, or Hub id as user/name[@revision]")
+    generate.add_argument(
+        "base",
+        type=name_argument,
+        metavar="BASE",
+        help="folder, or Hub id as user/name[@revision]; or a folder of dora-export merge --to onnx-adapters",
+    )
     generate.add_argument(
         "--adapter",
         type=_adapter,
         action="append",
         default=[],
         metavar="NAME=PATH",
-        help="an adapter, from a folder or a Hub id; may be said many times",
+        help="an adapter, from a folder or a Hub id (for a graph, an .onnx_adapter file); may be said many times",
     )
     generate.add_argument("--prompt", required=True, metavar="TEXT")
     generate.add_argument("--chat", action="store_true", help="put the prompt into the base's chat template")
@@ -142,6 +148,7 @@ def _generate(options: argparse.Namespace, parser: CommandParser) -> int:
 
     from dora_serve.engine import Engine, complete
     from dora_serve.errors import EngineError
+    from dora_serve.onnx_engine.engine import OnnxEngine, is_exported
     from dora_serve.terminal import TerminalProgress
 
     if not options.prompt:
@@ -154,14 +161,21 @@ def _generate(options: argparse.Namespace, parser: CommandParser) -> int:
     read = read_options(options)
     with ExitStack() as stack:
         progress = stack.enter_context(TerminalProgress())
-        engine = Engine.load(
-            options.base,
-            dtype=getattr(torch, options.dtype) if options.dtype else None,
-            device=None if options.device == "auto" else options.device,
-            max_rows=len(requests),
-            max_rank=options.max_rank,
-            on_progress=progress,
-        )
+        device = None if options.device == "auto" else options.device
+        engine: Engine | OnnxEngine
+        if is_exported(Path(options.base)):
+            if options.dtype:
+                parser.error("generate: --dtype is of a base that torch runs; a graph has its own")
+            engine = OnnxEngine.load(options.base, device=device, max_rows=len(requests), on_progress=progress)
+        else:
+            engine = Engine.load(
+                options.base,
+                dtype=getattr(torch, options.dtype) if options.dtype else None,
+                device=device,
+                max_rows=len(requests),
+                max_rank=options.max_rank,
+                on_progress=progress,
+            )
         reports = {name: engine.pool.load(name, path, options=read) for name, path in options.adapter}
         completions = complete(engine.generate(requests), on_progress=progress)
     for completion in completions:

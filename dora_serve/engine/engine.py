@@ -28,6 +28,7 @@ from dora_serve.engine.generation import Generation, complete
 from dora_serve.engine.loading import load_base
 from dora_serve.engine.pool import AdapterPool, Limits
 from dora_serve.engine.probe import Probe
+from dora_serve.engine.prompt_tokens import PromptTokens, context_of, end_tokens
 from dora_serve.engine.requests import Completion, Request
 from dora_serve.engine.self_check import require_batchable, require_same_alone
 from dora_serve.engine.sound import is_whole, require
@@ -75,7 +76,8 @@ class Engine:
         put_layers(model, self._layers, self._now)
         self.vocabulary = int(model.get_input_embeddings().weight.shape[0])
         require_same_alone(model, lambda tokens, cache: self.forward(None, tokens, cache), self.vocabulary, self.device)
-        self.end_tokens = _end_tokens(model, tokenizer)
+        self._prompts = PromptTokens(tokenizer, self.vocabulary, context_of(self.config))
+        self.end_tokens = end_tokens((getattr(model, "generation_config", None), model.config, tokenizer))
         self.base = Base(label, names, self._layers, self._squared_norm)
         self.pool = AdapterPool(
             self.base,
@@ -122,56 +124,28 @@ class Engine:
     # What a generation needs
 
     def tokenize(self, request: Request, *, special: bool = True) -> list[int]:
-        """The token ids of a request's prompt, with the tokenizer's special tokens or without.
-
-        Raises EngineError where it has none, or no sound ones.
-        """
-        request.require_sound()
-        if request.messages is not None:
-            tokens = self._chat_tokens(request.messages)
-        elif isinstance(request.prompt, str):
-            if not request.prompt:
-                raise EngineError("The prompt is empty.", remedy="Give at least one character.")
-            tokens = self._encode(request.prompt, special=special)
-        else:
-            tokens = list(request.prompt or ())
-        if not tokens:
-            raise EngineError("The prompt has no tokens.", remedy="Give at least one.")
-        wrong = [token for token in tokens if not 0 <= token < self.vocabulary]
-        if wrong:
-            raise EngineError(
-                f"The prompt has the token id {wrong[0]}, and the vocabulary {self.vocabulary} tokens.",
-                remedy="Use this base's own tokenizer.",
-            )
-        return tokens
+        """As PromptTokens has it."""
+        return self._prompts.tokenize(request, special=special)
 
     def room_for(self, request: Request, prompt_tokens: int) -> int:
-        """How many tokens may follow. Raises EngineError where there is none."""
-        context = self.context
-        left = None if context is None else context - prompt_tokens
-        if left is not None and left < 1:
-            raise EngineError(
-                f"The prompt has {prompt_tokens} tokens, and the context has room for {context}, with at least one to "
-                "follow.",
-                remedy="Shorten the prompt.",
-                prompt_tokens=prompt_tokens,
-                context=context,
-            )
-        wanted = [room for room in (request.max_tokens, left) if room is not None]
-        return min(wanted) if wanted else 1 << 20
+        """As PromptTokens has it."""
+        return self._prompts.room_for(request, prompt_tokens)
 
     @property
     def context(self) -> int | None:
         """How many tokens a text can have, None where the configuration does not say."""
-        for key in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
-            value = getattr(self.config, key, None)
-            if isinstance(value, int) and value > 0:
-                return value
-        return None
+        return self._prompts.context
 
     def token_text(self, token: int) -> str:
         """A token by itself, special tokens by name."""
-        return "" if self.tokenizer is None else str(self.tokenizer.decode([token]))
+        return self._prompts.token_text(token)
+
+    def batch(self, adapters: tuple[PreparedAdapter | None, ...]) -> Batch:
+        """What `forward` is told of its rows."""
+        return Batch(adapters, by_row=self.by_row)
+
+    def new_cache(self, rows: int) -> RowCache:
+        return RowCache(rows)
 
     def forward(
         self, batch: Batch | None, tokens: Tensor, cache: RowCache | None = None, *, last: bool = False
@@ -212,44 +186,14 @@ class Engine:
 
     def logits_alone(self, adapter: PreparedAdapter | None, tokens: Sequence[int]) -> Tensor:
         """The logits (vocabulary,) after a text, in float32, from a forward that has nothing else in it."""
-        batch = Batch((adapter,), by_row=self.by_row)
-        return self.forward(batch, torch.tensor([tokens], device=self.device), last=True)[0, -1].float()
+        return self.forward(self.batch((adapter,)), torch.tensor([tokens], device=self.device), last=True)[
+            0, -1
+        ].float()
 
     @property
     def by_row(self) -> bool:
         """Whether batches hold each row's own factors: in 16 bits, a row's numbers are then the same in any of them."""
         return self.dtype not in (torch.float32, torch.float64)
-
-    def _chat_tokens(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        if not messages:
-            raise EngineError("The request has no messages.", remedy="Give at least one.")
-        tokenizer = self._tokenizer_or_raise()
-        if not getattr(tokenizer, "chat_template", None):
-            raise EngineError(
-                "This base's tokenizer has no chat template, so messages cannot be put into one prompt.",
-                remedy="Give a plain prompt.",
-            )
-        try:
-            text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # whatever a template of somebody else's raises
-            raise EngineError(
-                f"The chat template does not take these messages: {error}",
-                remedy='Each message is {"role": "system" | "user" | "assistant", "content": text}.',
-            ) from error
-        return self._encode(text, special=False)
-
-    def _encode(self, text: str, *, special: bool) -> list[int]:
-        try:
-            return list(self._tokenizer_or_raise()(text, add_special_tokens=special, verbose=False)["input_ids"])
-        except (TypeError, ValueError) as error:  # bytes that are no text come from a shell as lone surrogates
-            raise EngineError(
-                f"The tokenizer does not take this text: {error}", remedy="Give valid Unicode text."
-            ) from error
-
-    def _tokenizer_or_raise(self) -> Any:
-        if self.tokenizer is None:
-            raise EngineError("This engine has no tokenizer.", remedy="Give the prompt as token ids.")
-        return self.tokenizer
 
     def _squared_norm(self, layer: str) -> Tensor:
         if layer not in self._squared_norms:
@@ -278,13 +222,3 @@ def _layers(model: nn.Module) -> dict[str, nn.Module]:
         for name, module in model.named_modules()
         if name and is_supported(module) and not re.search(r"\.experts\.\d+\.", name)
     }
-
-
-def _end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
-    found: set[int] = set()
-    for owner in (getattr(model, "generation_config", None), model.config, tokenizer):
-        value = getattr(owner, "eos_token_id", None)
-        found.update(value if isinstance(value, (list, tuple)) else [] if value is None else [value])
-        if found:
-            break
-    return frozenset(found)

@@ -1,6 +1,6 @@
 """The decoding of a list of requests, batched: rows fill up as others end, and every token is an event.
 
-It knows rows, tokens and requests, and the pool's leases; of how an adapter is applied it knows nothing.
+It knows rows, tokens and requests, and the pool's leases; of how an adapter is applied, and by what, it knows nothing.
 """
 
 from __future__ import annotations
@@ -16,10 +16,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from dora_serve.engine.adapted_linear import Batch
-from dora_serve.engine.cache import RowCache
-from dora_serve.engine.factors import PreparedAdapter
-from dora_serve.engine.pool import AdapterPool
 from dora_serve.engine.requests import Alternative, Completion, Event, FinishReason, Request, Timings
 from dora_serve.engine.sampling import choose, draw, new_generator
 from dora_serve.engine.sound import is_whole
@@ -28,23 +24,52 @@ from dora_serve.errors import DoraServeError, EngineError
 from dora_serve.progress import OnProgress, Progress, ignore_progress
 
 
-class Decoder(Protocol):
-    """What a generation needs of the engine."""
+class Pool(Protocol):
+    """Adapters by name. What one is only the engine knows."""
 
-    pool: AdapterPool
+    def acquire(self, name: str) -> tuple[Any, Callable[[], None]]:
+        """An adapter ready for use, and what to call once when it is no longer used."""
+        ...
+
+
+class Cache(Protocol):
+    """Keys and values of the rows of a batch."""
+
+    def begin_fill(self, row: int) -> None:
+        """The next forward has one row, which becomes row `row`."""
+        ...
+
+    def begin_step(self, count: int, device: torch.device) -> None:
+        """The next forward adds a token to each of the first `count` rows."""
+        ...
+
+    def end(self, tokens: int) -> None:
+        """The forward is done, and gave each of its rows so many tokens."""
+        ...
+
+    def move(self, source: int, target: int) -> None:
+        """Put row `source` into the place of row `target`."""
+        ...
+
+
+class Decoder(Protocol):
+    """What a generation needs of an engine. batch: of the adapters of its rows, None being the base."""
+
     tokenizer: Any
     device: torch.device
     end_tokens: frozenset[int]
 
     @property
-    def closeness(self) -> float: ...
+    def pool(self) -> Pool: ...
     @property
-    def by_row(self) -> bool: ...
+    def closeness(self) -> float: ...
     def tokenize(self, request: Request) -> list[int]: ...
     def room_for(self, request: Request, prompt_tokens: int) -> int: ...
     def token_text(self, token: int) -> str: ...
-    def forward(self, batch: Batch | None, tokens: Tensor, cache: RowCache | None = None) -> Tensor: ...
-    def logits_alone(self, adapter: PreparedAdapter | None, tokens: Sequence[int]) -> Tensor: ...
+    def batch(self, adapters: tuple[Any, ...]) -> Any: ...
+    def new_cache(self, rows: int) -> Any: ...
+    def forward(self, batch: Any, tokens: Tensor, cache: Any) -> Tensor: ...
+    def logits_alone(self, adapter: Any, tokens: Sequence[int]) -> Tensor: ...
 
 
 @dataclass(eq=False)
@@ -53,7 +78,7 @@ class _Row:
 
     index: int
     request: Request
-    adapter: PreparedAdapter | None
+    adapter: Any
     release: Callable[[], None]
     tokens: list[int]
     prompt_tokens: int
@@ -122,8 +147,8 @@ class _Decoding:
         self._prompts: dict[int, list[int]] = {}
         self._rows: list[_Row] = []
         self._max_rows = max_rows
-        self._cache = RowCache(max_rows)
-        self._batch: Batch | None = None
+        self._cache: Cache = engine.new_cache(max_rows)
+        self._batch: Any = None
         self._cancelled: set[int] = set()
         self._queued = time.perf_counter()
         self._lock = threading.Lock()
@@ -210,7 +235,7 @@ class _Decoding:
         try:
             self._cache.begin_fill(place)
             tokens = torch.tensor([row.tokens], device=self._engine.device)
-            logits = self._engine.forward(Batch((row.adapter,), by_row=self._engine.by_row), tokens, self._cache)
+            logits = self._engine.forward(self._engine.batch((row.adapter,)), tokens, self._cache)
             self._cache.end(len(row.tokens))
         except BaseException:
             row.release()
@@ -224,7 +249,7 @@ class _Decoding:
     def _step(self) -> Iterator[Event]:
         """One token for every row."""
         if self._batch is None:
-            self._batch = Batch(tuple(row.adapter for row in self._rows), by_row=self._engine.by_row)
+            self._batch = self._engine.batch(tuple(row.adapter for row in self._rows))
         self._cache.begin_step(len(self._rows), self._engine.device)
         tokens = torch.tensor([row.tokens[-1:] for row in self._rows], device=self._engine.device)
         logits = self._engine.forward(self._batch, tokens, self._cache)

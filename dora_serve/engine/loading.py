@@ -60,7 +60,7 @@ def load_base(
                 kwargs["device_map"] = where
             loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(located.path, **kwargs)
             model, report = loaded
-            tokenizer = _tokenizer(located.path)
+            tokenizer = load_tokenizer(located.path)
     except Exception as error:  # transformers, safetensors and tokenizers raise a dozen kinds for what is damaged
         raise CheckpointError(
             f"The base {str(base)!r} cannot be loaded as a causal language model: {_first_line(error)}",
@@ -80,7 +80,8 @@ def load_base(
     return LoadedBase(model, tokenizer, f"the base {str(base)!r}")
 
 
-def _tokenizer(folder: Path) -> Any:
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer that lies in a folder, None where there is none."""
     from transformers import AutoTokenizer
 
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):

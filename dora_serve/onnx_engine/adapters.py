@@ -6,7 +6,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
 
@@ -35,6 +35,15 @@ class AdapterFile:
     @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    @property
+    def changes_anything(self) -> bool:
+        """Whether a slot is given more than what it has by default."""
+        changed = (
+            self.tensors[f"{module}.lora_B"].any() or bool((abs(self.tensors[f"{module}.norm_scale"] - 1) > 1e-6).any())
+            for module in self.slots
+        )
+        return any(changed)
 
     @property
     def method(self) -> str:
@@ -117,6 +126,18 @@ def _misfit(slot: Slot, tensors: Mapping[str, Array], table: SlotTable) -> list[
         return [Problem(slot.module, f"rank {rank}", f"{table.rank}, the rank that was exported")]
     wrong = sorted({str(tensors[name].dtype) for name in (slot.lora_A, slot.lora_B, slot.norm_scale)} - {table.dtype})
     return [Problem(slot.module, f"tensors of {', '.join(wrong)}", table.dtype)] if wrong else []
+
+
+class Feeding(Protocol):
+    """What a graph is given besides its tokens and cache."""
+
+    def inputs(self, rows: int) -> Mapping[str, Array]:
+        """Further inputs for a batch of so many rows."""
+        ...
+
+    def options(self) -> Any:
+        """The RunOptions of a run, or None."""
+        ...
 
 
 class Switch:
@@ -231,6 +252,19 @@ class Tables:
                 rank = tensors[slot.lora_A].shape[1]
                 lora_a[:, :rank], lora_b[:rank] = tensors[slot.lora_A], tensors[slot.lora_B]
                 self._arrays[slot.norm_scale][place] = tensors[slot.norm_scale]
+
+
+class TableRows:
+    """Slots of tables for the rows of one run."""
+
+    def __init__(self, tables: Tables, slots: Sequence[int]) -> None:
+        self._tables, self._slots = tables, slots
+
+    def inputs(self, rows: int) -> Mapping[str, Array]:
+        return self._tables.feeds(self._slots)
+
+    def options(self) -> None:
+        return None
 
 
 class OneSlot:

@@ -13,7 +13,7 @@ import numpy as np
 
 from dora_serve.adapter import Adapter
 from dora_serve.module_names import is_conv1d
-from dora_serve.onnx_engine.adapters import AdapterFile, Inputs, OneSlot, Switch, read_adapter_file
+from dora_serve.onnx_engine.adapters import AdapterFile, Feeding, Inputs, OneSlot, Switch, read_adapter_file
 from dora_serve.onnx_engine.slots import SlotTable
 from dora_serve.reference import attach_adapter
 from exporters.onnx.architectures import architecture_of, is_causal, output_names
@@ -21,7 +21,6 @@ from exporters.onnx.check.answers import Expected, Got
 from exporters.onnx.check.comparing import count_greedy
 from exporters.onnx.check.distances import kl_divergence, max_abs_difference, top1_agreement
 from exporters.onnx.check.onnx_side import run_onnx, whole_answers
-from exporters.onnx.check.session import Feeding
 from exporters.onnx.check.torch_side import round_at_random, torch_answer, torch_greedy
 from exporters.onnx.check.weights import compare_weights
 from exporters.onnx.loading import load_model, quiet, require

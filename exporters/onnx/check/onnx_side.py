@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
+from dora_serve.onnx_engine.adapters import Feeding
 from exporters.onnx.architectures import is_causal, output_names
 from exporters.onnx.check.answers import Got, answer_of
-from exporters.onnx.check.session import NOTHING, Feeding, Refusal, Session
+from exporters.onnx.check.session import NOTHING, Refusal, Session
 
 if TYPE_CHECKING:
     import torch

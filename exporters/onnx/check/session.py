@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
+
+from dora_serve.onnx_engine.adapters import Feeding
 
 if TYPE_CHECKING:
     import torch
@@ -17,18 +19,6 @@ if TYPE_CHECKING:
 
 class Refusal(Exception):
     """ONNX Runtime would not load or run the model; the message is its own."""
-
-
-class Feeding(Protocol):
-    """What a graph is given besides its tokens and cache."""
-
-    def inputs(self, rows: int) -> Mapping[str, Array]:
-        """Further inputs for a batch of so many rows."""
-        ...
-
-    def options(self) -> Any:
-        """The RunOptions of a run, or None."""
-        ...
 
 
 class _Nothing:
