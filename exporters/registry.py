@@ -15,6 +15,7 @@ from dora_serve.forward_check import ForwardReport
 from dora_serve.plan import MergePlan
 from dora_serve.progress import OnProgress, Progress
 from dora_serve.verify import VerifyReport
+from exporters.onnx.check.answers import Inputs, token_ids, token_inputs
 from exporters.onnx_adapters.options import SlotOptions
 
 if TYPE_CHECKING:
@@ -26,9 +27,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """What a user says of one exporter and the others do not look at."""
+    """What a user says of one exporter and the others do not look at. max_kl: of ONNX graphs, in nats a position."""
 
     onnx: OnnxOptions | None = None
+    max_kl: float | None = None
     slots: SlotOptions = field(default_factory=SlotOptions)
 
 
@@ -98,19 +100,33 @@ def export_onnx_folder(given: ExportInput) -> Exported:
     values: dict[str, object] = {"onnx": exported.to_json()}
     if given.verification is None:
         return Exported(values)
-    check = compare_onnx(exported.path, given.merged, given.verification.forward, given.device, given.on_progress)
-    return Exported({**values, "onnx_check": asdict(check)}, check.failures)
+    check = compare_onnx(
+        given.out, given.merged, given.verification.forward, given.device, given.on_progress, given.options.max_kl
+    )
+    return Exported({**values, "onnx_check": check.to_json()}, check.failures)
 
 
 def compare_onnx(
-    graph: Path, merged: Path, forward: ForwardReport | None, device: str, on_progress: OnProgress
+    folder: Path,
+    merged: Path,
+    forward: ForwardReport | None,
+    device: str,
+    on_progress: OnProgress,
+    max_kl: float | None = None,
 ) -> OnnxCheck:
-    """A graph against the merged folder and, through what the verification recorded, the unmerged model."""
+    """Graphs against the merged folder and, through what the verification recorded, the unmerged model."""
     from exporters.onnx.check.check import check_onnx
 
-    prompts, reference = _prompts(forward)
-    say = _in_words(on_progress)
-    return check_onnx(graph, merged, prompts, reference_logits=reference, device=device, on_progress=say)
+    samples, reference = _samples(forward)
+    return check_onnx(
+        folder,
+        merged,
+        samples,
+        reference_logits=reference,
+        device=device,
+        max_kl=max_kl,
+        on_progress=_in_words(on_progress),
+    )
 
 
 def _check_slots(plan: MergePlan, options: ExportOptions) -> None:
@@ -169,7 +185,7 @@ def compare_swapped(
     """A slotted graph with an adapter file against torch's unmerged forward, on the verification's own prompts."""
     from exporters.onnx_adapters.check import check_swap
 
-    prompts, _ = _prompts(forward)
+    prompts = [token_ids(sample) for sample in _samples(forward)[0]]
     say = _in_words(on_progress)
     return check_swap(base, adapter_path, plan.base.folder, plan.adapter, prompts, device=device, on_progress=say)
 
@@ -185,12 +201,17 @@ EXPORTERS: Mapping[str, Exporter] = {
 }
 
 
-def _prompts(forward: ForwardReport | None) -> tuple[list[list[int]], list[Tensor] | None]:
-    """The verification's own prompts and, for a causal model, the unmerged model's logits on them."""
-    samples = [sample for sample in (forward.samples if forward else ()) if len(sample.token_ids)]
-    if not samples:
-        return [[1, 2, 3, 4, 5], [5, 4, 3]], None
-    tokens = [[int(token) for token in sample.token_ids] for sample in samples]
-    if forward is None or any(sample.grows != "input_ids" for sample in samples):
-        return tokens, None
-    return tokens, [logits.float() for logits in forward.unmerged_logits]
+_SCORING = ("ForSequenceClassification", "ForTokenClassification", "ForImageClassification", "ForMaskedLM")
+
+
+def _samples(forward: ForwardReport | None) -> tuple[list[Inputs], list[Tensor] | None]:
+    """The verification's own inputs and, for models whose answers are logits, the unmerged model's on them."""
+    if forward is None or not forward.samples:
+        return token_inputs([[1, 2, 3, 4, 5], [5, 4, 3]]), None
+    samples: list[Inputs] = [
+        {name: value for name, value in sample.inputs.items() if name != "attention_mask"} for sample in forward.samples
+    ]
+    scores = (forward.architecture or "").endswith(_SCORING)
+    if not scores and any(sample.grows is None for sample in forward.samples):
+        return samples, None
+    return samples, [logits.float() for logits in forward.unmerged_logits]

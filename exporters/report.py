@@ -285,27 +285,39 @@ def onnx_export_text(onnx: Mapping[str, Any]) -> str:
 def _onnx_text(check: Any) -> str:
     if check is None:
         return "NOT COMPARED with torch (--no-verify)."
+    quantized = check["tolerance"] is None and not check["not_run"]
+    allowed = f" ({_number(check['kl_limit'])} allowed)" if check["kl_limit"] is not None else ""
+    limit = f" ({_number(check['reference_limit'])})" if check["reference_limit"] is not None else ""
     rows = [
         ["prefill, all positions: largest difference", _number(check["max_abs"])],
         ["decode with cache: largest difference", _number(check["decode_max_abs"])],
-        ["left-padded batch: largest difference", _number(check["padded_max_abs"])],
-        ["tolerance, from float32", _number(check["tolerance"])],
-        ["KL", _number(check["kl"])],
+        ["padded batch of 4: largest difference", _number(check["padded_max_abs"])],
+        [f"tolerance, from {check['dtype']}", _number(check["tolerance"])],
+        ["KL divergence from torch, nats", _number(check["kl"]) + allowed],
+        ["same top-1", "" if check["top1"] is None else f"{check['top1']:.1%}"],
         [
-            "from the unmerged model's logits (allowed)",
-            f"{_number(check['reference_max_abs'])} ({_number(check['reference_limit'])})",
+            "perplexity of the prompts (torch's)",
+            f"{_number(check['perplexity'])} ({_number(check['torch_perplexity'])})" if quantized else "",
         ],
+        ["from the unmerged model's logits (allowed)", f"{_number(check['reference_max_abs'])}{limit}"],
         [
             f"greedy continuations of {check['greedy_tokens']} tokens equal",
-            f"{check['greedy_equal']} of {check['greedy_total']}",
+            f"{check['greedy_equal']} of {check['greedy_total']}" if check["greedy_total"] else "",
         ],
         [
-            "weights equal to the merged tensors, bit for bit",
+            "tokens a second, prompts included (torch's)",
+            f"{_number(check['tokens_per_second'])} ({_number(check['torch_tokens_per_second'])})"
+            if check["tokens_per_second"]
+            else "",
+        ],
+        [
+            "weights equal to the merged tensors, " + ("in steps of their scales" if quantized else "bit for bit"),
             f"{check['initializers_equal']} of {check['initializers']}",
         ],
     ]
     shown = [row for row in rows if row[1] not in ("", " ()")]
-    return format_table(shown, (f"ONNX Runtime ({check['provider']}) against torch", ""))
+    table = format_table(shown, (f"ONNX Runtime ({check['provider']}) against torch in float32", ""))
+    return "\n".join([table, *(f"NOT RUN: {reason}" for reason in check["not_run"])])
 
 
 def _counted(values: Mapping[Any, int]) -> str:

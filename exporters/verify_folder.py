@@ -55,9 +55,17 @@ class FolderReport:
 
 
 def verify_folder(
-    folder: Path, sources: Sources, options: ForwardOptions, on_progress: OnProgress = ignore_progress
+    folder: Path,
+    sources: Sources,
+    options: ForwardOptions,
+    on_progress: OnProgress = ignore_progress,
+    *,
+    max_kl: float | None = None,
 ) -> FolderReport:
-    """Check a merged folder, whoever made it. Raises PlanError for an adapter that does not fit the base."""
+    """Check a merged folder, whoever made it. max_kl: of ONNX graphs, in nats.
+
+    Raises PlanError for an adapter that does not fit the base.
+    """
     graphs = sorted(folder.glob("*.onnx"))
     if (folder / ADAPTERS).is_dir() and graphs:
         return _verify_slotted(folder, sources, options, on_progress)
@@ -68,8 +76,8 @@ def verify_folder(
         write_model(plan, Path(scratch), metadata={"format": "pt"}, on_progress=on_progress)
         report = verify(plan, Path(scratch), options, on_progress=on_progress)
         device = "cuda" if torch.cuda.is_available() and options.device != "cpu" else "cpu"
-        check = compare_onnx(graphs[0], Path(scratch), report.forward, device, on_progress)
-    return FolderReport(report, asdict(check), check.failures)
+        check = compare_onnx(folder, Path(scratch), report.forward, device, on_progress, max_kl)
+    return FolderReport(report, check.to_json(), check.failures)
 
 
 def _verify_slotted(folder: Path, sources: Sources, options: ForwardOptions, on_progress: OnProgress) -> FolderReport:

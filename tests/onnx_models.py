@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -13,10 +14,10 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
+from exporters.onnx.check.answers import Inputs, token_inputs
 from exporters.onnx.check.check import check_onnx
 from exporters.onnx.check.report import OnnxCheck
 from exporters.onnx.export import OnnxExport, export_onnx
-from exporters.onnx.saving import MODEL_FILE
 from exporters.onnx.skeleton import GraphFacts
 
 VOCABULARY = 96
@@ -30,6 +31,20 @@ SIZES: dict[str, Any] = {
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
+}
+SEQ2SEQ: dict[str, Any] = {"vocab_size": VOCABULARY, "d_model": 32, "pad_token_id": 0, "eos_token_id": 2}
+BOTH: dict[str, Any] = {
+    f"{side}_{what}": size
+    for side in ("encoder", "decoder")
+    for what, size in (("layers", 1), ("attention_heads", 4), ("ffn_dim", 48))
+}
+VISION: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 16,
+    "patch_size": 8,
 }
 GROUPED = {**SIZES, "num_key_value_heads": 2}
 # Longer than the sliding windows, and one token alone.
@@ -82,7 +97,76 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
         transformers.LlamaConfig(**{**GROUPED, "num_hidden_layers": 1}, num_labels=3)
     ),
 }
-CAUSAL = ("llama", "gpt2", "qwen2", "qwen3", "phi3", "mistral", "gemma3", "mixtral", "qwen3_moe")
+MODELS |= {
+    "opt": lambda: transformers.OPTForCausalLM(
+        transformers.OPTConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            ffn_dim=48,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            max_position_embeddings=64,
+            word_embed_proj_dim=32,
+        )
+    ),
+    "phi": lambda: transformers.PhiForCausalLM(transformers.PhiConfig(**{**SIZES, "num_hidden_layers": 1})),
+    # Its positions come from the attention mask, and its attention is not translated as one operator.
+    "falcon": lambda: transformers.FalconForCausalLM(
+        transformers.FalconConfig(
+            vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, alibi=False
+        )
+    ),
+    "bloom": lambda: transformers.BloomForCausalLM(
+        transformers.BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=1, n_head=4)
+    ),
+    "t5": lambda: transformers.T5ForConditionalGeneration(
+        transformers.T5Config(**SEQ2SEQ, d_kv=8, d_ff=48, num_layers=1, num_heads=4, decoder_start_token_id=0)
+    ),
+    "bart": lambda: transformers.BartForConditionalGeneration(
+        transformers.BartConfig(**SEQ2SEQ, **BOTH, max_position_embeddings=64, bos_token_id=1)
+    ),
+    "whisper": lambda: transformers.WhisperForConditionalGeneration(
+        transformers.WhisperConfig(
+            **SEQ2SEQ,
+            **BOTH,
+            num_mel_bins=8,
+            max_source_positions=16,
+            max_target_positions=32,
+            bos_token_id=1,
+            decoder_start_token_id=2,
+            suppress_tokens=None,
+            begin_suppress_tokens=None,
+        )
+    ),
+    "vit": lambda: transformers.ViTForImageClassification(
+        transformers.ViTConfig(**{**VISION, "num_hidden_layers": 1}, num_labels=3)
+    ),
+    "resnet": lambda: transformers.ResNetForImageClassification(
+        transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], image_size=16)
+    ),
+    "llava": lambda: transformers.LlavaForConditionalGeneration(
+        transformers.LlavaConfig(
+            text_config=transformers.LlamaConfig(**{**GROUPED, "num_hidden_layers": 1}),
+            vision_config=transformers.CLIPVisionConfig(**VISION),
+            image_token_id=5,
+        )
+    ),
+}
+CAUSAL = (
+    "llama",
+    "gpt2",
+    "qwen2",
+    "qwen3",
+    "phi3",
+    "mistral",
+    "gemma3",
+    "mixtral",
+    "qwen3_moe",
+    "opt",
+    "phi",
+    "falcon",
+    "bloom",
+)
 OUTPUTS = {
     "bert": ("last_hidden_state", "pooler_output"),
     "bert_classifier": ("logits",),
@@ -90,6 +174,14 @@ OUTPUTS = {
     "bert_answers": ("start_logits", "end_logits"),
     "roberta_masked": ("logits",),
     "llama_classifier": ("logits",),
+    "vit": ("logits",),
+    "resnet": ("logits",),
+}
+SEVERAL = {
+    "t5": ("encoder_model.onnx", "decoder_model_merged.onnx"),
+    "bart": ("encoder_model.onnx", "decoder_model_merged.onnx"),
+    "whisper": ("encoder_model.onnx", "decoder_model_merged.onnx"),
+    "llava": ("vision_encoder.onnx", "embed_tokens.onnx", "decoder_model_merged.onnx"),
 }
 
 
@@ -124,10 +216,37 @@ def cases(root: Path) -> Callable[[str], Case]:
         model = save(MODELS[name](), root / name / "model")
         out = root / name / "onnx"
         out.mkdir()
-        return Case(model, out, export_onnx(model, out, metadata={"base_model": "tests/base"}))
+        made = Case(model, out, export_onnx(model, out, metadata={"base_model": "tests/base"}))
+        if name == "llava":
+            shutil.copy(model / "config.json", out)  # it names the image token
+        return made
 
     return make
 
 
+def noise(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def samples(name: str) -> list[Inputs]:
+    """Inputs for a model of MODELS, of different lengths where they may be."""
+    targets = [torch.tensor([[2, 5, 7, 9, 4][: 2 + number]]) for number in range(3)]
+    if name in ("vit", "resnet"):
+        return [{"pixel_values": noise(1, 3, 16, 16) * scale} for scale in (0.5, 1, 2, 3)]
+    if name in ("t5", "bart"):
+        return [
+            {**each, "decoder_input_ids": target} for each, target in zip(token_inputs(PROMPTS), targets, strict=True)
+        ]
+    if name == "whisper":
+        return [{"input_features": noise(1, 8, 32) * (1 + len(one)), "decoder_input_ids": one} for one in targets]
+    if name == "llava":
+        picture = noise(1, 3, 16, 16)
+        return [
+            {"input_ids": torch.tensor([[1, 5, 5, 5, 5, *range(7, 9 + number)]]), "pixel_values": picture * number}
+            for number in range(1, 4)
+        ]
+    return token_inputs(PROMPTS)
+
+
 def check(case: Case, **options: Any) -> OnnxCheck:
-    return check_onnx(case.onnx / MODEL_FILE, case.model, PROMPTS, **options)
+    return check_onnx(case.onnx, case.model, token_inputs(PROMPTS), **options)

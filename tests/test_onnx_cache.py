@@ -18,6 +18,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from exporters.onnx import graph_cache
+from exporters.onnx.check.answers import token_inputs
 from exporters.onnx.check.check import check_onnx
 from exporters.onnx.export import OnnxExport, export_onnx
 from exporters.onnx.options import OnnxOptions
@@ -72,7 +73,7 @@ def test_the_next_adapter_gets_what_a_trace_would_give(model: Path, tmp_path: Pa
     assert contents(tmp_path / "cached") == contents(tmp_path / "traced")
     assert contents(tmp_path / "cached")["model.onnx.data"] != contents(tmp_path / "first_onnx")["model.onnx.data"]
     if quantize is None:
-        assert check_onnx(cached.path, second, PROMPTS).failures == ()
+        assert check_onnx(cached.folder, second, token_inputs(PROMPTS)).failures == ()
 
 
 @pytest.mark.parametrize(
@@ -113,7 +114,7 @@ def test_a_head_that_was_untied_is_another_graph(model: Path, tmp_path: Path) ->
     assert tied.traced
     assert untied.traced
     assert untied.bytes - tied.bytes > head.nbytes / 2
-    assert check_onnx(untied.path, model, PROMPTS).failures == ()
+    assert check_onnx(untied.folder, model, token_inputs(PROMPTS)).failures == ()
 
 
 def test_options_and_versions_are_in_the_key(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

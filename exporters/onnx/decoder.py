@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from exporters.onnx.architectures import refuse_model
 from exporters.onnx.traceable import Traceable, forward_arguments
@@ -12,13 +12,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def decoder_graph(model: PreTrainedModel) -> Traceable:
-    """A causal language model with its cache as a flat list of keys and values."""
+def decoder_graph(model: PreTrainedModel, main: Literal["input_ids", "inputs_embeds"] = "input_ids") -> Traceable:
+    """A causal language model with its cache as a flat list of keys and values.
+
+    main: whether it takes tokens or what an embedding made of them, dtype (batch, sequence, width). position_ids are
+    no input where the model takes its positions from the attention mask.
+    """
     import torch
     from torch.export import Dim
     from transformers import DynamicCache
 
-    lacking = {"input_ids", "attention_mask", "position_ids", "past_key_values"} - forward_arguments(model)
+    arguments = forward_arguments(model)
+    lacking = {main, "attention_mask", "past_key_values"} - arguments
+    positioned = "position_ids" in arguments
     if lacking:
         raise refuse_model(model, f"its forward takes no {', '.join(sorted(lacking))}.")
     if model._is_stateful:
@@ -31,9 +37,9 @@ def decoder_graph(model: PreTrainedModel) -> Traceable:
 
         def forward(
             self,
-            input_ids: torch.Tensor,
+            first: torch.Tensor,
             attention_mask: torch.Tensor,
-            position_ids: torch.Tensor,
+            position_ids: torch.Tensor | None,
             past: list[tuple[torch.Tensor, torch.Tensor]],
         ) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
             # Without the config the cache keeps every token, and the mask alone makes a sliding window. A cache that
@@ -41,20 +47,21 @@ def decoder_graph(model: PreTrainedModel) -> Traceable:
             cache = DynamicCache()
             for layer, (key, value) in enumerate(past):
                 cache.update(key, value, layer)
-            output = self.model(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                past_key_values=cache,
-                use_cache=True,
-            )
+            given = {main: first, **({"position_ids": position_ids} if positioned else {})}
+            output = self.model(attention_mask=attention_mask, past_key_values=cache, use_cache=True, **given)
             layers: list[Any] = cache.layers
             return output.logits, [(layer.keys, layer.values) for layer in layers]
 
     # Distinct sizes above 1, so that no two axes can be taken for one another.
     batch, sequence, past = 2, 3, 5
     wrapper = Flat().eval()
-    _, layers = wrapper(*sample_tokens(batch, past, past), [])
+
+    def tokens(sequence: int, total: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        ids, mask, positions = sample_tokens(batch, sequence, total)
+        first = ids if main == "input_ids" else model.get_input_embeddings()(ids)
+        return first, mask, positions if positioned else None
+
+    _, layers = wrapper(*tokens(past, past), [])
     if not layers or any(key is None for key, _ in layers):
         raise refuse_model(model, "its forward fills no cache of keys and values.")
     batch_dim, sequence_dim = Dim("batch_size"), Dim("sequence_length")
@@ -64,13 +71,18 @@ def decoder_graph(model: PreTrainedModel) -> Traceable:
     parts = [f"{layer}.{part}" for layer in range(len(layers)) for part in ("key", "value")]
     return Traceable(
         module=wrapper,
-        inputs=("input_ids", "attention_mask", "position_ids", *(f"past_key_values.{part}" for part in parts)),
+        inputs=(
+            main,
+            "attention_mask",
+            *(("position_ids",) if positioned else ()),
+            *(f"past_key_values.{part}" for part in parts),
+        ),
         outputs=("logits", *(f"present.{part}" for part in parts)),
-        args=(*sample_tokens(batch, sequence, past + sequence), layers),
+        args=(*tokens(sequence, past + sequence), layers),
         dynamic_shapes=(
             {0: batch_dim, 1: sequence_dim},
             {0: batch_dim, 1: total_dim},
-            {0: batch_dim, 1: sequence_dim},
+            {0: batch_dim, 1: sequence_dim} if positioned else None,
             [(cache_dims, cache_dims)] * len(layers),
         ),
     )

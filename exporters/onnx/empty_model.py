@@ -37,8 +37,12 @@ def is_fake(tensor: object) -> bool:
     return isinstance(tensor, FakeTensor)
 
 
-def empty_model(folder: Path, dtype: torch.dtype, weights: StoredWeights, mode: FakeTensorMode) -> PreTrainedModel:
+def empty_model(
+    folder: Path, dtype: torch.dtype, weights: StoredWeights, mode: FakeTensorMode, attention: str | None = None
+) -> PreTrainedModel:
     """The model of a transformers folder in `dtype`, for inference; its experts multiply by batches.
+
+    attention: transformers' `attn_implementation`, None for its default.
 
     Raises CheckpointError where the checkpoint lacks a parameter, or has another shape for it.
     """
@@ -48,8 +52,9 @@ def empty_model(folder: Path, dtype: torch.dtype, weights: StoredWeights, mode: 
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     # One matrix product over all experts traces to standard operators; the other implementations do not.
     config._experts_implementation = "batched_mm"
+    chosen = {"attn_implementation": attention} if attention else {}
     with without_memory(mode):
-        model = getattr(transformers, architecture)._from_config(config, dtype=dtype).eval()
+        model = getattr(transformers, architecture)._from_config(config, dtype=dtype, **chosen).eval()
     _widen(model, mode)
     optional = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
     wanted = {

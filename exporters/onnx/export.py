@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dora_serve.checkpoint import read_json
+from dora_serve.errors import UnavailableError
 from exporters.onnx import graph_cache
 from exporters.onnx.architectures import architecture_of
 from exporters.onnx.families import traceables
@@ -139,6 +140,21 @@ def export_onnx(
 
 
 def _trace(model_folder: Path, architecture: str, weights: StoredWeights, options: OnnxOptions) -> Skeleton:
+    """By the attention that becomes one operator; where that cannot be translated, by the one written out."""
+    try:
+        return _trace_with(None, model_folder, architecture, weights, options)
+    except UnavailableError as error:
+        if not error.facts.get("untraceable"):
+            raise
+        try:
+            return _trace_with("eager", model_folder, architecture, weights, options)
+        except (UnavailableError, ValueError):
+            raise error from None
+
+
+def _trace_with(
+    attention: str | None, model_folder: Path, architecture: str, weights: StoredWeights, options: OnnxOptions
+) -> Skeleton:
     import torch
 
     from exporters.onnx.empty_model import empty_model, fake_mode
@@ -149,7 +165,7 @@ def _trace(model_folder: Path, architecture: str, weights: StoredWeights, option
     notes: list[str] = []
     models: dict[str, onnx_ir.Model] = {}
     with torch.no_grad():
-        model = empty_model(model_folder, getattr(torch, options.dtype), weights, mode)
+        model = empty_model(model_folder, getattr(torch, options.dtype), weights, mode, attention)
         named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
         shapes = {name: tuple(tensor.shape) for name, tensor in named}
         with mode:

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING
 from dora_serve.checkpoint import open_checkpoint
 from dora_serve.errors import CheckpointError, UnavailableError
 from exporters.onnx.architectures import architecture_of
+from exporters.onnx.stored import incomplete
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
 
@@ -29,8 +31,16 @@ def require(*modules: str) -> None:
         )
 
 
-def load_model(model_folder: Path, *, attention: str | None = None, experts: str | None = None) -> PreTrainedModel:
-    """The model in float32 on the CPU, for inference, from local safetensors and transformers' own code only.
+def load_model(
+    model_folder: Path,
+    *,
+    attention: str | None = None,
+    experts: str | None = None,
+    dtype: torch.dtype | None = None,
+) -> PreTrainedModel:
+    """The model on the CPU, for inference, from local safetensors and transformers' own code only.
+
+    dtype: None for float32.
 
     attention, experts: transformers' `attn_implementation` and `experts_implementation`; None is its default.
     Raises as `architecture_of` does, and CheckpointError where a weight is missing or of another shape.
@@ -43,7 +53,7 @@ def load_model(model_folder: Path, *, attention: str | None = None, experts: str
     try:
         model, info = getattr(transformers, architecture).from_pretrained(
             model_folder,
-            dtype=torch.float32,
+            dtype=dtype or torch.float32,
             attn_implementation=attention,
             experts_implementation=experts,
             local_files_only=True,
@@ -57,12 +67,7 @@ def load_model(model_folder: Path, *, attention: str | None = None, experts: str
         ) from error
     wrong = sorted([*info["missing_keys"], *(str(mismatch[0]) for mismatch in info["mismatched_keys"])])
     if wrong:
-        raise CheckpointError(
-            f"{str(model_folder)!r} does not hold the whole of {architecture}: {len(wrong)} tensors are missing or of "
-            f"another shape, such as {', '.join(wrong[:3])}.",
-            remedy="Merge again, or mend config.json.",
-            tensors=wrong,
-        )
+        raise incomplete(model_folder, architecture, wrong)
     loaded: PreTrainedModel = model.eval()
     return loaded
 

@@ -43,10 +43,13 @@ def trace(graph: Traceable, opset: int, architecture: str) -> onnx_ir.Model:
             f"{_first_line(error)}.",
             remedy=INSTEAD,
             architecture=architecture,
+            untraceable=True,
         ) from error
     assert program is not None
     _empty_weights(program.model, graph.module)
     _turn_weights(program.model)
+    if graph.finish is not None:
+        graph.finish(program.model)
     optimize(program.model)
     return program.model
 

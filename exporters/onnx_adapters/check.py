@@ -16,8 +16,8 @@ from dora_serve.module_names import is_conv1d
 from dora_serve.onnx_engine.adapters import AdapterFile, Feeding, Inputs, OneSlot, Switch, read_adapter_file
 from dora_serve.onnx_engine.slots import SlotTable
 from dora_serve.reference import attach_adapter
-from exporters.onnx.architectures import architecture_of, is_causal, output_names
-from exporters.onnx.check.answers import Expected, Got
+from exporters.onnx.architectures import architecture_of, kind_of, output_names
+from exporters.onnx.check.answers import Expected, Got, token_inputs
 from exporters.onnx.check.comparing import count_greedy
 from exporters.onnx.check.distances import kl_divergence, max_abs_difference, top1_agreement
 from exporters.onnx.check.onnx_side import run_onnx, whole_answers
@@ -43,8 +43,6 @@ _FLOOR = 2.0
 
 _BASE_FACTOR = 4.0
 """Where the graph computes in something coarser: how much further from torch it may be with an adapter than without."""
-
-_PADDED_ROWS = 4
 
 
 @dataclass(frozen=True)
@@ -105,6 +103,7 @@ def check_swap(
 
     tell = on_progress or (lambda message: None)
     failures: list[str] = []
+    samples = token_inputs(prompts)
     file, architecture = read_adapter_file(adapter_file, base.table), architecture_of(model_folder)
     packed = [linear for linear in base.linears.values() if linear.storage == "packed"]
     with quiet(), torch.no_grad():
@@ -114,20 +113,20 @@ def check_swap(
         if packed:
             _serve_the_same(model, packed)
         else:
-            compare_weights(base.path, model_folder, model, failures)
-        plain = [torch_answer(model, prompt) for prompt in prompts]
+            compare_weights([base.path], model_folder, model.state_dict().get, failures)
+        plain = [torch_answer(model, sample) for sample in samples]
         with attach_adapter(model, adapter):
-            wanted = [torch_answer(model, prompt) for prompt in prompts]
-            causal = is_causal(architecture)
-            greedy = [torch_greedy(model, prompt, greedy_tokens) for prompt in prompts] if causal else []
+            wanted = [torch_answer(model, sample) for sample in samples]
+            causal = kind_of(architecture) == "decoder"
+            greedy = [torch_greedy(model, sample, greedy_tokens) for sample in samples] if causal else []
             round_at_random(model, torch.float32)
-            moved = [torch_answer(model, prompt) for prompt in prompts]
+            moved = [torch_answer(model, sample) for sample in samples]
         del model
         tell("running ONNX Runtime, with the adapter and without")
 
-        where = (base.path, device, architecture, prompts)
+        where = (base.path.parent, device, architecture, samples)
         without = whole_answers(*where, failures, _on(base.table, None))
-        swapped = run_onnx(*where, greedy_tokens, failures, feeding=_on(base.table, file), padded_rows=_PADDED_ROWS)
+        swapped = run_onnx(*where, greedy_tokens, failures, feeding=_on(base.table, file))
         spoiled = None
         if file.is_dora:
             spoiled = whole_answers(*where, failures, _on(base.table, _without_magnitude(file), as_inputs=True))
@@ -137,7 +136,9 @@ def check_swap(
         tolerance = max(tolerance, _BASE_FACTOR * _distance(without, plain))
     # Of a model that is not finite nothing may pass.
     tolerance = tolerance if tolerance < inf else 0.0
-    expected = Expected(wanted, greedy, tolerance, None, "last_hidden_state" not in output_names(architecture))
+    expected = Expected(
+        wanted, greedy, tolerance, FLOAT32_KL, None, "last_hidden_state" not in output_names(architecture)
+    )
     return _judge(expected, plain, without, swapped, spoiled, exact=exact, failures=failures)
 
 

@@ -1,44 +1,53 @@
-"""ONNX Runtime against torch: does the exported graph compute what the model in the folder computes?"""
+"""ONNX Runtime against torch: do the exported graphs compute what the model in the folder computes?"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dora_serve.errors import CheckpointError, no_such_path
 from exporters.onnx.architectures import architecture_of
+from exporters.onnx.check.answers import Got, Inputs, Weights
 from exporters.onnx.check.comparing import compare
+from exporters.onnx.check.memory import why_not_run
 from exporters.onnx.check.onnx_side import run_onnx
 from exporters.onnx.check.report import OnnxCheck
-from exporters.onnx.check.torch_side import run_torch
+from exporters.onnx.check.structure import check_structure
+from exporters.onnx.check.torch_side import half_limits, run_torch
 from exporters.onnx.check.weights import compare_weights, storage_dtype
 from exporters.onnx.loading import load_model, quiet, require
+from exporters.onnx.weight_form import form_of
 
 if TYPE_CHECKING:
-    import torch
+    from torch import Tensor
 
 
 def check_onnx(
-    onnx_path: Path,
+    folder: Path,
     model_folder: Path,
-    prompts: Sequence[Sequence[int]],
+    samples: Sequence[Inputs],
     *,
-    reference_logits: Sequence[torch.Tensor] | None = None,
+    reference_logits: Sequence[Tensor] | None = None,
     device: str = "cpu",
     greedy_tokens: int = 16,
+    max_kl: float | None = None,
     on_progress: Callable[[str], None] | None = None,
 ) -> OnnxCheck:
-    """Compare `onnx_path` with the model it was made from, and with the unmerged model where its logits are given.
+    """Compare the graphs in `folder` with the model they were made from, and with the unmerged model where its logits
+    are given.
 
     Torch runs `model_folder` in float32 with eager attention, which shares nothing with the attention that was traced,
     and has left memory before ONNX Runtime starts. Logits of all prompts are held, so a prompt should have tens to
     hundreds of tokens.
 
-    The tolerance follows from float32. Torch's float32 and ONNX Runtime's are two evaluations of one expression in
-    different orders, so both err by about as much as torch's float32 differs from its float64, at most over these
-    prompts. Eight times that is allowed between them, because the largest of many errors varies by a few times, and at
-    least 16 spacings of float32 at the largest logit.
+    The tolerance follows from the graph's dtype. Torch's float32 and ONNX Runtime's are two evaluations of one
+    expression in different orders, so both err by about as much as torch's float32 differs from its float64, at most
+    over these prompts. Eight times that is allowed between them, because the largest of many errors varies by a few
+    times, and at least 16 spacings of float32 at the largest logit; of KL 1e-8. In half precision four times as much is
+    allowed as torch itself loses by computing in it. Quantized weights have no tolerance: every one is compared with
+    the checkpoint's, the runs with each other, and the loss is measured (kl, perplexity, top1).
 
     reference_logits: float32 (tokens, vocabulary) per prompt, of the unmerged model. ONNX Runtime may be no further
     from them than torch on the merged folder is, nor than one rounding of the weights explains, plus the tolerance.
@@ -46,31 +55,120 @@ def check_onnx(
     every weight. So a fault that torch and ONNX share, both having read the folder wrongly, is seen as well.
 
     device: "cuda" puts torch on the GPU, and ONNX Runtime where it has its CUDA provider (with TF32 off).
+    max_kl: fail above this mean KL divergence from torch's float32, in nats, in place of the dtype's own limit.
 
-    Raises ValueError for prompts that cannot be compared, CheckpointError and UnavailableError as export_onnx does.
-    What is wrong with the ONNX model is in `failures`.
+    Where memory does not suffice for the model in torch, the graphs' weights and structure are compared all the same,
+    and `not_run` says what was not. Raises ValueError for samples that cannot be compared, CheckpointError and
+    UnavailableError as export_onnx does. What is wrong with the graphs is in `failures`.
     """
-    require("onnxruntime", "onnx_ir", "transformers")
-    if not onnx_path.is_file():
-        raise CheckpointError(no_such_path("The ONNX model", onnx_path))
-    if not prompts or not all(prompts):
+    require("onnx", "onnxruntime", "onnx_ir", "transformers")
+    graphs = sorted(folder.glob("*.onnx"))
+    if not graphs:
+        raise CheckpointError(no_such_path("The ONNX model", folder / "model.onnx"))
+    if not samples or not all(value.shape[-1] for sample in samples for value in sample.values()):
         raise ValueError("check_onnx needs at least one prompt, and none may be empty")
-    if reference_logits is not None and len(reference_logits) != len(prompts):
-        raise ValueError(f"{len(reference_logits)} reference logits were given for {len(prompts)} prompts")
+    if reference_logits is not None and len(reference_logits) != len(samples):
+        raise ValueError(f"{len(reference_logits)} reference logits were given for {len(samples)} prompts")
     import torch
 
     tell = on_progress or (lambda message: None)
+    architecture = architecture_of(model_folder)
     failures: list[str] = []
     with quiet(), torch.no_grad():
+        tell("checking the graphs")
+        check_structure(graphs, failures)
+        dtype, quantize = _numbers(graphs)
+        too_large = why_not_run(model_folder, folder)
+        if too_large is not None:
+            weights = compare_weights(graphs, model_folder, lambda name: None, failures)
+            return _not_run(dtype, weights, too_large, len(samples), failures)
         tell("running torch in float32 and float64")
         # Eager everything: what the exporter traced is sdpa and batched_mm.
         model = load_model(model_folder, attention="eager", experts="eager")
+        state: Mapping[str, Tensor] = model.state_dict()
+        weights = compare_weights(graphs, model_folder, state.get, failures)
         torch.nn.Module.to(model, device)
-        weights = compare_weights(onnx_path, model_folder, model, failures)
-        expected = run_torch(
-            model, prompts, greedy_tokens, storage_dtype(model_folder) if reference_logits is not None else None
-        )
-        del model
+        stored = storage_dtype(model_folder) if reference_logits is not None else None
+        expected = run_torch(model, samples, greedy_tokens, stored)
+        del model, state
+        if dtype != "float32":
+            tolerance, kl_limit = half_limits(model_folder, getattr(torch, dtype), device, samples, expected)
+            expected = replace(expected, tolerance=tolerance, kl_limit=kl_limit)
+        if reason := _no_provider(dtype):
+            return _not_run(dtype, weights, reason, len(samples), failures)
         tell("running ONNX Runtime")
-        got = run_onnx(onnx_path, device, architecture_of(model_folder), prompts, greedy_tokens, failures)
-    return compare(expected, got, weights, reference_logits, greedy_tokens, failures)
+        got: Got = run_onnx(folder, device, architecture, samples, greedy_tokens, failures)
+    return compare(
+        expected,
+        got,
+        weights,
+        samples,
+        dtype=dtype,
+        quantize=quantize,
+        reference_logits=reference_logits,
+        greedy_tokens=greedy_tokens,
+        max_kl=max_kl,
+        failures=failures,
+    )
+
+
+def _numbers(graphs: Sequence[Path]) -> tuple[str, str | None]:
+    """The dtype that most of the graphs' floating weights have, and how weights are quantized."""
+    import onnx_ir
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+
+    names = {"FLOAT": "float32", "FLOAT16": "float16", "BFLOAT16": "bfloat16"}
+    sizes: dict[str, int] = {}
+    quantize = None
+    for path in graphs:
+        try:
+            initializers = onnx_ir.load(path).graph.initializers
+        except DecodeError:
+            continue  # the structure's check says so
+        for name, value in initializers.items():
+            if value.const_value is None:
+                continue
+            bits = form_of(name).bits
+            quantize = f"int{bits}" if bits is not None else quantize
+            kind = names.get(value.const_value.dtype.name)
+            if kind is not None:
+                sizes[kind] = sizes.get(kind, 0) + int(value.const_value.size)
+    return max(sizes, key=lambda kind: sizes[kind], default="float32"), quantize
+
+
+def _no_provider(dtype: str) -> str | None:
+    """Why no provider of this machine runs graphs of that dtype."""
+    import onnxruntime
+
+    if dtype != "bfloat16" or "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        return None
+    return "bfloat16 graphs run on CUDA only, and ONNX Runtime has no CUDA provider here: nothing was run."
+
+
+def _not_run(dtype: str, weights: Weights, reason: str, prompts: int, failures: list[str]) -> OnnxCheck:
+    return OnnxCheck(
+        prompts=prompts,
+        dtype=dtype,
+        max_abs=None,
+        mean_abs=None,
+        kl=None,
+        top1=None,
+        decode_max_abs=None,
+        padded_max_abs=None,
+        perplexity=None,
+        torch_perplexity=None,
+        greedy_equal=0,
+        greedy_total=0,
+        greedy_tokens=0,
+        tokens_per_second=None,
+        torch_tokens_per_second=None,
+        initializers=weights.total,
+        initializers_equal=weights.equal,
+        reference_max_abs=None,
+        reference_limit=None,
+        provider="none",
+        tolerance=None,
+        kl_limit=None,
+        not_run=(reason,),
+        failures=tuple(failures),
+    )

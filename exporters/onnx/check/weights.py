@@ -1,64 +1,126 @@
-"""Every weight of a graph, bit for bit, against the checkpoint's tensors."""
+"""Every weight of the graphs, bit for bit, against the checkpoint's tensors; and that each is stored once."""
 
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
-from collections.abc import Mapping
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-import numpy as np
+import torch
+from torch import Tensor
 
 from dora_serve.checkpoint import ShardedCheckpoint, open_checkpoint
 from dora_serve.safetensors_file import read_tensor
 from exporters.onnx.check.answers import Weights
-from exporters.onnx.weight_form import TRANSPOSED
+from exporters.onnx.quantizing import dequantize_rows
+from exporters.onnx.weight_form import TRANSPOSED, WeightForm, form_of
 
 if TYPE_CHECKING:
     import onnx_ir
-    import torch
-    from numpy.typing import NDArray
-    from transformers import PreTrainedModel
 
-    Array: TypeAlias = NDArray[Any]
+    Found: TypeAlias = Mapping[str, onnx_ir.TensorProtocol]
+
+# A symmetric scale is the largest element of its block over the most negative integer, whose opposite is one too many.
+_STEPS = 1.001
+_SCALE_ERROR = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+_LARGE = 1 << 16
 
 
-def compare_weights(onnx_path: Path, model_folder: Path, model: PreTrainedModel, failures: list[str]) -> Weights:
-    """Every float initializer that is a matrix, or has a parameter's name, against the checkpoint's tensors."""
-    import onnx_ir
-    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+def compare_weights(
+    graphs: Sequence[Path],
+    model_folder: Path,
+    loaded: Callable[[str], Tensor | None],
+    failures: list[str],
+) -> Weights:
+    """Every float initializer that is a matrix, or has a parameter's name, and every quantized one.
 
-    loaded = model.state_dict()
-    try:
-        initializers = onnx_ir.load(onnx_path).graph.initializers
-    except DecodeError:
-        failures.append("The graph is not an ONNX file.")
-        return Weights(0, 0)
+    loaded: the run-time tensor of a name as transformers has it, for what it makes of several stored ones.
+    Peak memory: one tensor, a few times over.
+    """
+    checkpoint = open_checkpoint(model_folder)
+    tensors: dict[str, onnx_ir.TensorProtocol] = {}
+    for path in graphs:
+        tensors.update(_initializers(path, failures))
     weights = {
-        name: value.const_value
-        for name, value in initializers.items()
-        if value.const_value is not None
-        and not value.is_graph_input()  # a default that is fed over, not a weight
-        and value.const_value.dtype.is_floating_point()
-        and (len(value.const_value.shape) > 1 or name in loaded)
+        name: tensor
+        for name, tensor in tensors.items()
+        if form_of(name).bits is not None
+        or (
+            tensor.dtype.is_floating_point()
+            and (_is_matrix(tensor) or name in checkpoint.tensors or loaded(name) is not None)
+        )
     }
     outside = sorted({str(place) for tensor in weights.values() if (place := _outside(tensor)) is not None})
     if outside:
         failures.append(f"Weights lie outside the model's folder, in {', '.join(outside)}.")
         return Weights(len(weights), 0)
-    checkpoint = open_checkpoint(model_folder)
-    digests = _checkpoint_digests(checkpoint, {tuple(tensor.shape.numpy()) for tensor in weights.values()})
-    unequal = [name for name, tensor in weights.items() if not _equals(name, tensor, checkpoint, digests, loaded)]
-    for tensor in weights.values():
-        if isinstance(tensor, onnx_ir.ExternalTensor):
-            tensor.release()  # a view that somebody still holds would keep the file in memory
+    whole = {name: tensor for name, tensor in weights.items() if form_of(name).bits is None}
+    digests = _checkpoint_digests(checkpoint, whole)
+    equal, places = 0, defaultdict[str, set[object]](set)
+    unequal = []
+    for name, tensor in weights.items():
+        stored = _read(tensor)
+        if stored is None:
+            unequal.append(name)
+        elif form_of(name).bits is not None:
+            fits = _is_quantized(form_of(name), stored, tensors, checkpoint, loaded)
+            equal, unequal = (equal + 1, unequal) if fits else (equal, [*unequal, name])
+        else:
+            found = digests.get(_digest(stored), set())
+            own = name.removesuffix(TRANSPOSED)
+            fits = name in found if own in checkpoint.tensors else bool(found) or _is_loaded(name, stored, loaded)
+            equal, unequal = (equal + 1, unequal) if fits else (equal, [*unequal, name])
+            if stored.numel() * stored.itemsize >= _LARGE:
+                for origin in {one.removesuffix(TRANSPOSED) for one in found} or {own}:
+                    places[origin].add(getattr(tensor, "offset", name))
+        _release(tensor)
     if unequal:
         failures.append(
             f"{len(unequal)} of {len(weights)} weights in the graph do not equal the checkpoint's, such as "
             f"{', '.join(unequal[:3])}."
         )
-    return Weights(len(weights), len(weights) - len(unequal))
+    failures += _stored_twice(weights, places, checkpoint)
+    return Weights(len(weights), equal)
+
+
+def _stored_twice(weights: Found, places: Mapping[str, set[object]], checkpoint: ShardedCheckpoint) -> Iterator[str]:
+    """Weights that the folder holds more often than the checkpoint does."""
+    forms = [form_of(name) for name in weights]
+    kinds = defaultdict[str, set[object]](set)
+    for form in forms:
+        kinds[form.parameter].add((form.transposed, form.bits))
+    twice = {name for name, found in kinds.items() if len(found) > 1}
+    # Tensors that are equal in the checkpoint itself may be two in the graph as well.
+    by_places = Counter(frozenset(map(str, found)) for found in places.values() if len(found) > 1)
+    for found, owners in by_places.items():
+        if len(found) > owners:
+            twice |= {name for name, offsets in places.items() if frozenset(map(str, offsets)) == found}
+    if twice:
+        yield f"{len(twice)} weights are stored more than once, such as {', '.join(sorted(twice)[:3])}."
+
+
+def _initializers(path: Path, failures: list[str]) -> dict[str, onnx_ir.TensorProtocol]:
+    import onnx_ir
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+
+    try:
+        initializers = onnx_ir.load(path).graph.initializers
+    except DecodeError:
+        failures.append(f"{path.name} is not an ONNX file.")
+        return {}
+    return {
+        name: value.const_value
+        for name, value in initializers.items()
+        # A default that is fed over is no weight.
+        if value.const_value is not None and not value.is_graph_input()
+    }
+
+
+def _is_matrix(tensor: onnx_ir.TensorProtocol) -> bool:
+    """Whether it is wide along two axes: a constant of shape arithmetic or of positions is so along one at most."""
+    return sum(int(size) > 1 for size in tensor.shape.numpy()) > 1
 
 
 def _outside(tensor: onnx_ir.TensorProtocol) -> str | None:
@@ -67,52 +129,96 @@ def _outside(tensor: onnx_ir.TensorProtocol) -> str | None:
     return None if location is None or PurePath(location).name == str(location) else str(location)
 
 
-def _checkpoint_digests(checkpoint: ShardedCheckpoint, shapes: set[tuple[int, ...]]) -> dict[bytes, set[str]]:
-    """Digests of the checkpoint's tensors in float32, and of matrices' transposes, to their names; one at a time.
+def _release(tensor: onnx_ir.TensorProtocol) -> None:
+    import onnx_ir
 
-    shapes: of the weights to look for; what has another is left out.
-    """
+    if isinstance(tensor, onnx_ir.ExternalTensor):
+        tensor.release()  # a view that somebody still holds would keep the file in memory
+
+
+def _read(tensor: onnx_ir.TensorProtocol) -> Tensor | None:
+    """A copy of the tensor, None where the file is not there or too short."""
+    dtype = _dtype(tensor)
+    try:
+        raw = bytearray(tensor.tobytes())
+    except (OSError, ValueError):
+        return None
+    shape = tuple(int(size) for size in tensor.shape.numpy())
+    return torch.frombuffer(raw, dtype=dtype).view(shape) if raw else torch.empty(shape, dtype=dtype)
+
+
+def _dtype(tensor: onnx_ir.TensorProtocol) -> torch.dtype:
+    names = {"FLOAT": "float32", "DOUBLE": "float64"}
+    dtype: torch.dtype = getattr(torch, names.get(tensor.dtype.name, tensor.dtype.name.lower()))
+    return dtype
+
+
+def _checkpoint_digests(checkpoint: ShardedCheckpoint, weights: Found) -> dict[bytes, set[str]]:
+    """Digests of the checkpoint's tensors in the weights' dtypes, and of matrices' transposes, to their names."""
+    shapes = {tuple(int(size) for size in tensor.shape.numpy()) for tensor in weights.values()}
+    dtypes = {_dtype(tensor) for tensor in weights.values()}
     digests: dict[bytes, set[str]] = {}
     for name, entry in checkpoint.tensors.items():
         turned = (*entry.shape[:-2], *entry.shape[:-3:-1])
         if not {entry.shape, turned} & shapes or not entry.dtype.is_floating_point:
             continue
-        tensor = read_tensor(entry).float()
-        if entry.shape in shapes:
-            digests.setdefault(_digest(tensor.numpy()), set()).add(name)
-        if turned in shapes and len(turned) > 1:
-            digests.setdefault(_digest(tensor.mT.contiguous().numpy()), set()).add(name + TRANSPOSED)
+        stored = read_tensor(entry)
+        for dtype in dtypes:
+            tensor = stored.to(dtype)
+            if entry.shape in shapes:
+                digests.setdefault(_digest(tensor), set()).add(name)
+            if turned in shapes and len(turned) > 1:
+                digests.setdefault(_digest(tensor.mT.contiguous()), set()).add(name + TRANSPOSED)
     return digests
 
 
-def _equals(
-    name: str,
-    tensor: onnx_ir.TensorProtocol,
-    checkpoint: ShardedCheckpoint,
-    digests: Mapping[bytes, set[str]],
-    loaded: Mapping[str, torch.Tensor],
-) -> bool:
-    """Whether an initializer is its tensor of the checkpoint, or any where its name says nothing."""
-    try:
-        array = tensor.numpy()
-    except (OSError, ValueError):  # the file is not there or too short
+def _is_loaded(name: str, stored: Tensor, loaded: Callable[[str], Tensor | None]) -> bool:
+    """Whether a weight is what transformers makes of several tensors, such as a stack of experts."""
+    form = form_of(name)
+    expected = loaded(form.parameter)
+    if expected is None:
         return False
-    parameter = name.removesuffix(TRANSPOSED)
-    if found := digests.get(_digest(array)):
-        return parameter not in checkpoint.tensors or name in found
-    # What transformers makes of several tensors, such as a stack of experts, is in no file.
-    expected = loaded.get(parameter)
-    return expected is not None and _digest(array) == _digest(expected.cpu().numpy())
+    turned = (expected.mT if form.transposed else expected).cpu()
+    return turned.shape == stored.shape and torch.equal(turned.to(stored.dtype), stored)
 
 
-def _digest(array: Array) -> bytes:
-    return hashlib.sha256(np.ascontiguousarray(array).data.cast("B") if array.size else b"").digest()
+def _is_quantized(
+    form: WeightForm,
+    stored: Tensor,
+    tensors: Found,
+    checkpoint: ShardedCheckpoint,
+    loaded: Callable[[str], Tensor | None],
+) -> bool:
+    """Whether integers and scales are those of the checkpoint's tensor: no further from it than the step of a scale,
+    the scale being that of the largest element of its block."""
+    assert form.bits is not None
+    entry = checkpoint.tensors.get(form.parameter)
+    expected = read_tensor(entry).float() if entry is not None else loaded(form.parameter)
+    values = tensors.get(WeightForm(form.parameter, form.transposed, form.bits, "values").name)
+    scales = tensors.get(WeightForm(form.parameter, form.transposed, form.bits, "scales").name)
+    if expected is None or values is None or scales is None:
+        return False
+    matrix = (expected.mT if form.transposed else expected).float().cpu().contiguous()
+    scale = stored if form.part == "scales" else _read(scales)
+    if scale is None or scale.shape[:-1] != matrix.shape[:-1]:
+        return False
+    block = (scale.shape[-1], -1)
+    padded = torch.nn.functional.pad(matrix, (0, -matrix.shape[-1] % 32))
+    if form.part == "scales":
+        wanted = padded.unflatten(-1, block).abs().amax(-1) / (1 << (form.bits - 1))
+        return bool(((scale.float().abs() - wanted).abs() <= _SCALE_ERROR[scale.dtype] * wanted).all())
+    served = dequantize_rows(stored, scale, form.bits, matrix.shape[-1])
+    allowed = scale.float().abs().repeat_interleave(32, -1)[..., : matrix.shape[-1]] * _STEPS
+    return bool(((served - matrix).abs() <= allowed).all())
+
+
+def _digest(tensor: Tensor) -> bytes:
+    raw: Any = tensor.contiguous().view(-1).view(torch.uint8).numpy().data if tensor.numel() else b""
+    return hashlib.sha256(raw).digest()
 
 
 def storage_dtype(model_folder: Path) -> torch.dtype:
     """The dtype that most of the checkpoint's elements have."""
-    import torch
-
     sizes: Counter[torch.dtype] = Counter()
     for entry in open_checkpoint(model_folder).tensors.values():
         if entry.dtype.is_floating_point:
