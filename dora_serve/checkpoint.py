@@ -38,7 +38,8 @@ class ShardedCheckpoint:
     """A checkpoint of one or many safetensors files.
 
     files: by name, in the order of the index. index: the name of the index file, None for a single file.
-    index_metadata: its "metadata". config: config.json, empty where there is none.
+    index_metadata: its "metadata". config: config.json, empty where there is none. quantization: what tensors are made
+    of where some are not stored as they are seen (dora_serve.quantized), None where all are.
     """
 
     folder: Path
@@ -47,6 +48,7 @@ class ShardedCheckpoint:
     index: str | None
     index_metadata: Mapping[str, object]
     config: Mapping[str, object]
+    quantization: str | None = None
 
     @property
     def nbytes(self) -> int:

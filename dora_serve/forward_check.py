@@ -43,13 +43,14 @@ import torch
 from torch import Tensor
 
 from dora_serve.adapter import Adapter
-from dora_serve.checkpoint import open_checkpoint, read_json
+from dora_serve.checkpoint import ShardedCheckpoint, open_checkpoint, read_json
 from dora_serve.comparison import Comparison, Tolerance, compare, dtype_name, scale_of
 from dora_serve.errors import CheckpointError, DoraServeError, PlanError, UnavailableError
 from dora_serve.progress import OnProgress, Progress, ignore_progress
 from dora_serve.prompts import Sample, make_samples, read_prompts, room_for
 from dora_serve.quiet import quiet_transformers
 from dora_serve.reference import Attached, attach_adapter
+from dora_serve.reference_load import from_tensors
 
 ROUNDED_FACTOR = 2.5
 COMPUTED_FACTOR = 3.0
@@ -161,9 +162,12 @@ def check_forward(
     merged_folder: Path,
     options: ForwardOptions | None = None,
     *,
+    base: ShardedCheckpoint | None = None,
     on_progress: OnProgress = ignore_progress,
 ) -> ForwardReport:
     """Compare the merged folder with the unmerged model on the same inputs.
+
+    base: the tensors of the base, where its folder holds others or only codes of them (dora_serve.quantized).
 
     Raises DoraServeError for prompts that cannot be read, UnavailableError without transformers (or PEFT, where it is
     asked for); everything else that stops it is in the report.
@@ -174,7 +178,8 @@ def check_forward(
         _require("peft", "peft")
     prompts = read_prompts(options.prompts) if options.prompts is not None else None
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    check = _Check(base_folder, adapter, merged_folder, options, prompts, device, on_progress)
+    coded = base if base is not None and base.quantization is not None else None
+    check = _Check(base_folder, adapter, merged_folder, options, prompts, device, on_progress, coded)
     with quiet_transformers(), _full_precision(), torch.inference_mode():
         return check.run()
 
@@ -199,6 +204,7 @@ class _Check:
     prompts: tuple[str, ...] | None
     device: str
     on_progress: OnProgress
+    coded_base: ShardedCheckpoint | None = None
     architecture: str = ""
     causal: bool = False
     inputs: str = ""
@@ -404,14 +410,18 @@ class _Check:
         if self.device.startswith("cuda"):
             torch.cuda.empty_cache()
         with _as_cannot_run(f"transformers cannot load {str(folder)!r} as {self.architecture}"):
-            model, info = getattr(transformers, self.architecture).from_pretrained(
-                folder,
-                dtype=dtype,
-                local_files_only=True,
-                trust_remote_code=False,
-                use_safetensors=True,
-                output_loading_info=True,
-            )
+            model_class = getattr(transformers, self.architecture)
+            if folder == self.base_folder and self.coded_base is not None:
+                model, info = from_tensors(model_class, self.coded_base, dtype)
+            else:
+                model, info = model_class.from_pretrained(
+                    folder,
+                    dtype=dtype,
+                    local_files_only=True,
+                    trust_remote_code=False,
+                    use_safetensors=True,
+                    output_loading_info=True,
+                )
             if dtype == torch.float64 and hasattr(model, "set_experts_implementation"):
                 model.set_experts_implementation("eager")  # the grouped product has no float64
             model = model.to(self.device).eval()

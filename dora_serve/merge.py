@@ -30,6 +30,7 @@ from dora_serve.ops import RoundingBuffers, add_delta, delta_weight, norm_scale,
 from dora_serve.output import require_space
 from dora_serve.plan import LoraEdit, MergePlan, MergeReport, TensorPlan, VectorScale
 from dora_serve.progress import OnProgress, Progress, ignore_progress
+from dora_serve.quantized.decode import Decoder, open_decoder
 from dora_serve.safetensors_file import TensorEntry, encode_header, fill
 
 BLOCK_ELEMENTS = 1 << 19
@@ -117,7 +118,9 @@ def merge(
         for target in targets.values():
             os.close(target.descriptor)
     unchanged = tuple(
-        tensor.name for tensor in plan.edited if tensor.action != "cast" and not changed[tensor.name].is_set()
+        tensor.name
+        for tensor in plan.edited
+        if tensor.action not in ("cast", "dequantized") and not changed[tensor.name].is_set()
     )
     return MergeReport(plan, time.monotonic() - started, unchanged)
 
@@ -573,9 +576,12 @@ class _Source:
         self._source = source
         self._descriptor: int | None = None
         self._whole: Tensor | None = None
+        self._decode: Decoder | None = None
 
     def __enter__(self) -> _Source:
-        if isinstance(self._source, TensorEntry):
+        if isinstance(self._source, TensorEntry) and self._source.coding is not None:
+            self._decode = open_decoder(self._source)
+        elif isinstance(self._source, TensorEntry):
             self._descriptor = _open(self._source.path)
         else:
             self._whole = self._source.load()
@@ -589,6 +595,8 @@ class _Source:
         """(stop - start, width), in the stored dtype; `into` is where it is read to."""
         if self._whole is not None:
             return self._whole.reshape(-1, width)[start:stop]
+        if self._decode is not None:
+            return self._decode(start * width, stop * width).view(-1, width)
         assert isinstance(self._source, TensorEntry)
         assert self._descriptor is not None
         buffer = into or _Buffer.of(torch.empty((stop - start, width), dtype=self._source.dtype))

@@ -119,7 +119,9 @@ class TensorPlan:
     def is_copy(self) -> bool:
         """Whether the output's bytes are the base's."""
         plain = not (self.loras or self.rows or self.vectors or self.scales)
-        return plain and isinstance(self.source, TensorEntry) and self.source.dtype == self.dtype
+        if not plain or not isinstance(self.source, TensorEntry) or self.source.coding is not None:
+            return False
+        return self.source.dtype == self.dtype
 
     @property
     def action(self) -> str:
@@ -132,6 +134,8 @@ class TensorPlan:
             return "lora_bias"
         if self.scales:
             return "scaled bias"
+        if isinstance(self.source, TensorEntry) and self.source.coding is not None:
+            return "dequantized"
         return "copied" if self.is_copy else "cast"
 
 
@@ -140,7 +144,8 @@ class MergePlan:
     """A whole merge.
 
     tensors: in output order within each file; files: file name to tensor names. config_changes: what config.json
-    gets, by path. side_files: (from, relative to). untied: tensors that the base stores once and the output apart.
+    gets, by path, None for a key that it loses. side_files: (from, relative to). untied: tensors that the base stores
+    once and the output apart.
     """
 
     base: ShardedCheckpoint
@@ -172,6 +177,7 @@ class MergePlan:
             "bytes": self.nbytes,
             "files": {name: len(tensors) for name, tensors in self.files.items()},
             "dtypes": dict(Counter(DTYPE_NAMES[tensor.dtype] for tensor in self.tensors.values())),
+            "quantization": self.base.quantization,
             "config_changes": {".".join(path): value for path, value in self.config_changes.items()},
             "untied": list(self.untied),
             "notes": list(self.notes),

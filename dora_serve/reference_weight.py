@@ -28,7 +28,8 @@ from torch import Tensor
 
 from dora_serve.adapter import LazyTensor
 from dora_serve.plan import LoraEdit, TensorPlan, VectorScale
-from dora_serve.safetensors_file import TensorEntry, read_bytes
+from dora_serve.reference_decode import decoded_range
+from dora_serve.safetensors_file import TensorEntry, read_range
 
 LAMBDA = 7.0
 SECOND_ORDER = 1.01
@@ -84,12 +85,7 @@ def read_elements(source: TensorEntry | Tensor, start: int, stop: int) -> Tensor
     """Elements [start, stop) of a flattened tensor, in its own dtype."""
     if isinstance(source, Tensor):
         return source.reshape(-1)[start:stop]
-    if start >= stop:
-        return torch.empty(0, dtype=source.dtype)
-    size = source.dtype.itemsize
-    return torch.frombuffer(
-        read_bytes(source.path, source.start + start * size, source.start + stop * size), dtype=source.dtype
-    )
+    return read_range(source, start, stop) if source.coding is None else decoded_range(source, start, stop)
 
 
 @dataclass(frozen=True)

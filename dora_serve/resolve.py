@@ -18,10 +18,11 @@ from torch import Tensor
 
 from dora_serve.adapter import Adapter, ExpertLora, Kind, LazyTensor, LoraWeights, Replacement, TokenRows
 from dora_serve.checkpoint import ShardedCheckpoint, side_files
-from dora_serve.errors import CheckpointError, PlanError, Problem
+from dora_serve.errors import PlanError, Problem
 from dora_serve.magnitudes import require_norms
 from dora_serve.names import ParameterNames, Place
 from dora_serve.plan import LoraEdit, MergePlan, Region, RowEdit, TensorPlan, VectorEdit, VectorScale
+from dora_serve.quantized.view import dense_dtype, dense_view, quantization_paths
 from dora_serve.replicate import replicate_layers
 from dora_serve.row_order import in_base_order
 from dora_serve.safetensors_file import TensorEntry
@@ -73,7 +74,7 @@ def plan_merge(base: ShardedCheckpoint, adapter: Adapter, *, dtype: torch.dtype 
 
     Raises PlanError with every problem at once, CheckpointError for a base that cannot be merged into at all.
     """
-    _require_dense(base)
+    base = dense_view(base)
     adapter = in_base_order(adapter, base.config)
     trained = _trained_architecture(base.config, adapter)
     draft = _Draft(base, ParameterNames.of(base, trained))
@@ -109,18 +110,6 @@ def plan_merge(base: ShardedCheckpoint, adapter: Adapter, *, dtype: torch.dtype 
     if not adapter.magnitudes_are_norms:
         require_norms(plan.tensors.values())
     return plan
-
-
-def _require_dense(base: ShardedCheckpoint) -> None:
-    quantization = base.config.get("quantization_config")
-    if quantization:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        raise CheckpointError(
-            f"The base {str(base.folder)!r} is quantized ({method}): its stored tensors are codes, and a merge needs "
-            "the weights that they stand for.",
-            remedy="Merge into the unquantized base that it was made from, and quantize the result.",
-            path=str(base.folder),
-        )
 
 
 def _add_lora(draft: _Draft, module: LoraWeights) -> None:
@@ -658,6 +647,7 @@ def _finish(draft: _Draft, adapter: Adapter, dtype: torch.dtype | None) -> Merge
     for file, names in files.items():
         for name in names:
             tensors[name] = _tensor_plan(draft, name, file, dtype)
+    draft.config_changes.update(dict.fromkeys(quantization_paths(base.config)))
     if dtype is not None:
         label = str(dtype).removeprefix("torch.")
         for path in _dtype_paths(base.config) or [("dtype",)]:
@@ -691,7 +681,7 @@ def _tensor_plan(draft: _Draft, name: str, file: str, dtype: torch.dtype | None)
     source: TensorEntry | LazyTensor | None = draft.sources.get(name) or added or stored
     assert source is not None
     if stored is not None:
-        own = stored.dtype
+        own = dense_dtype(draft.base.config, stored)
     else:
         own = source.dtype if isinstance(source, TensorEntry) else _floating_dtype(draft.base, source.dtype)
     floating = own.is_floating_point and own in MERGEABLE_DTYPES

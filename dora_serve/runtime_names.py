@@ -40,13 +40,15 @@ class RuntimeNames:
     """origins: by run-time parameter name. tied: run-time name to the name of the parameter that it shares.
 
     missing: parameters that nothing in the checkpoint gives a value, and that are not tied to one that has.
-    transposed: modules whose 3-D parameters are (experts, in, out).
+    transposed: modules whose 3-D parameters are (experts, in, out). linear: those that transformers replaces where it
+    quantizes a model that it loads.
     """
 
     origins: Mapping[str, Origin]
     tied: Mapping[str, str]
     missing: tuple[str, ...] = ()
     transposed: tuple[str, ...] = ()
+    linear: tuple[str, ...] = ()
 
 
 def runtime_names(folder: Path, architecture: str | None = None) -> RuntimeNames | None:
@@ -69,7 +71,8 @@ def parse(table: Mapping[str, Any]) -> RuntimeNames:
         name: Origin(entry["operation"], tuple(map(tuple, entry["groups"])), entry["part"], entry["parts"])
         for name, entry in table["origins"].items()
     }
-    return RuntimeNames(origins, table["tied"], tuple(table["missing"]), tuple(table["transposed"]))
+    lists = (tuple(table[key]) for key in ("missing", "transposed", "linear"))
+    return RuntimeNames(origins, table["tied"], *lists)
 
 
 def describe(folder: Path, architecture: str | None = None) -> dict[str, Any]:
@@ -81,6 +84,7 @@ def describe(folder: Path, architecture: str | None = None) -> dict[str, Any]:
     from transformers.core_model_loading import WeightConverter, rename_source_key
 
     from dora_serve.checkpoint import open_checkpoint
+    from dora_serve.quantized.view import dense_view
 
     config = AutoConfig.from_pretrained(folder)
     model_class = getattr(transformers, architecture or (config.architectures or ["AutoModel"])[0])
@@ -92,7 +96,7 @@ def describe(folder: Path, architecture: str | None = None) -> dict[str, Any]:
     renamings: Any = [transform for transform in transforms if not isinstance(transform, WeightConverter)]
     by_source = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     collected: dict[str, dict[str, list[str]]] = {}
-    for key in open_checkpoint(folder).tensors:
+    for key in dense_view(open_checkpoint(folder)).tensors:
         renamed, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
         collected.setdefault(renamed, {}).setdefault(pattern or "", []).append(key)
     origins: dict[str, Any] = {}
@@ -106,7 +110,20 @@ def describe(folder: Path, architecture: str | None = None) -> dict[str, Any]:
         "tied": tied,
         "missing": _missing(model, origins.keys(), tied),
         "transposed": transposed,
+        "linear": _quantizable(model),
     }
+
+
+def _quantizable(model: Any) -> list[str]:
+    """The modules that quantizers/quantizer_bnb_4bit.py would replace, with no module named to be skipped."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+    from transformers.quantizers.base import get_keys_to_not_convert
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    kept = [*get_keys_to_not_convert(model), *(model._keep_in_fp32_modules or ())]
+    linear = [name for name, module in model.named_modules() if type(module) is nn.Linear or isinstance(module, Conv1D)]
+    return [name for name in linear if should_convert_module(name, kept)]
 
 
 def _missing(model: Any, given: Collection[str], tied: Mapping[str, str]) -> list[str]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -45,9 +46,19 @@ DTYPES: Mapping[str, torch.dtype] = {
 DTYPE_NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
 
 
+class Coding(Protocol):
+    """How values are made of what is stored, where that is codes: one of `dora_serve.quantized.codings`."""
+
+    @property
+    def label(self) -> str: ...
+
+
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where one tensor lies: dtype, shape, and [start, stop) in bytes from the start of its file."""
+    """Where one tensor lies: dtype, shape, and [start, stop) in bytes from the start of its file.
+
+    coding: None where the bytes are the values. Else dtype and shape are those of the values, and the bytes are codes.
+    """
 
     name: str
     dtype: torch.dtype
@@ -55,6 +66,7 @@ class TensorEntry:
     path: Path
     start: int
     stop: int
+    coding: Coding | None = None
 
     @property
     def nbytes(self) -> int:
@@ -193,8 +205,19 @@ def fill(descriptor: int, view: memoryview, offset: int, path: Path) -> None:
         done += count
 
 
+def read_range(entry: TensorEntry, start: int, stop: int) -> Tensor:
+    """Elements [start, stop) of the flattened tensor, as they are stored."""
+    if start >= stop:
+        return torch.empty(0, dtype=entry.dtype)
+    size = entry.dtype.itemsize
+    return torch.frombuffer(
+        read_bytes(entry.path, entry.start + start * size, entry.start + stop * size), dtype=entry.dtype
+    )
+
+
 def read_tensor(entry: TensorEntry) -> Tensor:
-    """The whole tensor, in a buffer of its own."""
+    """The whole tensor, in a buffer of its own; of codes, the caller must have made values (quantized.decode)."""
+    assert entry.coding is None
     if entry.nbytes == 0:
         return torch.empty(entry.shape, dtype=entry.dtype)
     return torch.frombuffer(read_bytes(entry.path, entry.start, entry.stop), dtype=entry.dtype).view(entry.shape)

@@ -125,7 +125,7 @@ def ties(config: Mapping[str, object]) -> bool | None:
 
 def same_bytes(first: TensorEntry, second: TensorEntry) -> bool:
     """Whether two stored tensors are equal byte for byte, dtype and shape included."""
-    if (first.dtype, first.shape) != (second.dtype, second.shape):
+    if (first.dtype, first.shape, first.coding) != (second.dtype, second.shape, second.coding):
         return False
     if (first.path, first.start) == (second.path, second.start):
         return True

@@ -184,7 +184,7 @@ def _compare(
         for update in reference.updates
         if update.magnitude is not None and update.edit.is_paper
     ]
-    adapted = not reference.plan.is_copy and result.action != "cast"
+    adapted = not reference.plan.is_copy and result.action not in ("cast", "dequantized")
     for start, stop in row_blocks(reference, row_block_elements):
         width = reference.width
         got = read_elements(entry, start * width, stop * width).to(torch.float64).view(stop - start, width)

@@ -93,5 +93,5 @@ def verify(
         tensors = check_tensors(plan, checkpoint, on_progress=on_progress)
     except CheckpointError as error:
         return VerifyReport(None, None, str(error))
-    forward = check_forward(plan.base.folder, plan.adapter, merged, options, on_progress=on_progress)
+    forward = check_forward(plan.base.folder, plan.adapter, merged, options, base=plan.base, on_progress=on_progress)
     return VerifyReport(tensors, forward, config=config_difference(plan, checkpoint))

@@ -18,6 +18,7 @@ from dora_serve.forward_check import ForwardOptions
 from dora_serve.output import new_folder
 from dora_serve.plan import MergePlan, MergeReport
 from dora_serve.progress import OnProgress, ignore_progress
+from dora_serve.quantized.base import BaseChoice
 from dora_serve.safetensors_file import replace_metadata
 from dora_serve.verify import VerifyReport, verify
 from exporters.onnx_adapters.naming import file_stem
@@ -56,6 +57,7 @@ class ExportRequest:
     hash_output: bool = False
     reference: Literal["native", "peft"] = "native"
     prompts: Path | None = None
+    base_choice: BaseChoice = field(default_factory=BaseChoice)
     read: ReadOptions = field(default_factory=ReadOptions)
     options: ExportOptions = field(default_factory=ExportOptions)
     command: tuple[str, ...] = ()
@@ -77,7 +79,7 @@ class Export:
 def plan_export(request: ExportRequest, on_progress: OnProgress = ignore_progress) -> tuple[Sources, MergePlan]:
     """Everything before the first byte is written."""
     require_device(request.device)
-    sources = open_sources(request.adapter, request.base, request.read, on_progress)
+    sources = open_sources(request.adapter, request.base, request.read, on_progress, request.base_choice)
     plan = plan_sources(sources, DTYPES[request.dtype] if request.dtype else None)
     EXPORTERS[request.to].preflight(plan, request.options)
     return sources, plan

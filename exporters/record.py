@@ -104,6 +104,7 @@ def record(
         },
         "dtypes": summary["dtypes"],
         "actions": summary["actions"],
+        "quantization": summary["quantization"],
         "config_changes": summary["config_changes"],
         "untied": summary["untied"],
         "notes": summary["notes"],

@@ -54,5 +54,8 @@ def _changed_config(plan: MergePlan) -> str:
         table = config
         for key in path[:-1]:
             table = table[key]
-        table[path[-1]] = value
+        if value is None:
+            table.pop(path[-1], None)
+        else:
+            table[path[-1]] = value
     return json.dumps(config, indent=2) + "\n"

@@ -15,25 +15,32 @@ from dora_serve.formats import ReadOptions, read_adapter
 from dora_serve.hub import Located, hub_repository, locate
 from dora_serve.plan import MergePlan
 from dora_serve.progress import OnProgress, ignore_progress
+from dora_serve.quantized.base import BaseChoice, choose_base
 from dora_serve.resolve import plan_merge
 
 
 @dataclass(frozen=True)
 class Sources:
-    """Where both were found, and what is in them."""
+    """Where both were found, and what is in them. notes: what a user should be told of the choice of the base."""
 
     base: Located
     adapter: Located
     checkpoint: ShardedCheckpoint
     contents: Adapter
+    notes: tuple[str, ...] = ()
 
 
 def open_sources(
-    adapter: str, base: str | None, read: ReadOptions, on_progress: OnProgress = ignore_progress
+    adapter: str,
+    base: str | None,
+    read: ReadOptions,
+    on_progress: OnProgress = ignore_progress,
+    choice: BaseChoice | None = None,
 ) -> Sources:
     """Find and read the adapter, then the base that is named or that the adapter says it was trained on.
 
-    Raises AdapterError, CheckpointError, HubError; DoraServeError where no base is named anywhere.
+    Raises AdapterError, CheckpointError, HubError; DoraServeError where no base is named anywhere, or where it may be
+    quantized in more than one way and `choice` does not say in which.
     """
     found = locate(adapter, what="adapter", on_progress=on_progress)
     contents = read_adapter(found.path, read)
@@ -45,13 +52,14 @@ def open_sources(
         )
     revision = contents.base_revision if base is None and not Path(spec).exists() else None
     located = locate(spec, what="base", revision=revision, on_progress=on_progress)
-    return Sources(located, found, open_checkpoint(located.path), contents)
+    chosen = choose_base(open_checkpoint(located.path), contents, choice or BaseChoice())
+    return Sources(located, found, chosen.checkpoint, contents, chosen.notes)
 
 
 def plan_sources(sources: Sources, dtype: torch.dtype | None = None) -> MergePlan:
     """The plan of the merge, which notes another base than the adapter's own. Raises PlanError."""
     plan = plan_merge(sources.checkpoint, sources.contents, dtype=dtype)
-    return replace(plan, notes=(*plan.notes, *base_notes(sources.contents, sources.base)))
+    return replace(plan, notes=(*plan.notes, *sources.notes, *base_notes(sources.contents, sources.base)))
 
 
 def base_notes(adapter: Adapter, base: Located) -> tuple[str, ...]:

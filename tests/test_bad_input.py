@@ -384,7 +384,7 @@ BASES: Mapping[str, tuple[Spoil, str]] = {
     ),
     "quantized": (
         lambda world: rewrite_json(world.base / "config.json", quantization_config={"quant_method": "gptq"}),
-        r"is quantized \(gptq\)",
+        r"is quantized with gptq",
     ),
     "integers": (of_integers, "dtype int8, wanted float64, float32, bfloat16 or float16"),
     "a NaN where it is adapted": (

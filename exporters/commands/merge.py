@@ -10,7 +10,7 @@ from pathlib import Path
 
 from dora_serve.console import EXIT_FAILED, name_argument, path_argument, read_options
 from exporters.commands import push, slots
-from exporters.commands.shared import Commands, add_reading_and_json, add_verification, show_progress
+from exporters.commands.shared import Commands, add_base_choice, add_reading_and_json, add_verification, show_progress
 
 EXPORTER_NAMES = ("safetensors", "onnx", "onnx-adapters")
 DTYPE_NAMES = ("float32", "bfloat16", "float16", "float64")
@@ -40,6 +40,7 @@ def add(commands: Commands) -> None:
     parser.add_argument("--push", type=name_argument, metavar="REPO_ID", help="publish what was made, as push does")
     push.add_publishing(parser)
     slots.add(parser)
+    add_base_choice(parser)
     add_verification(parser)
     add_reading_and_json(parser)
     parser.set_defaults(run=run, misused=misused, when_interrupted=_when_interrupted)
@@ -74,6 +75,7 @@ def _out(options: argparse.Namespace) -> Path | None:
 
 
 def run(options: argparse.Namespace) -> int:
+    from dora_serve.quantized.base import BaseChoice
     from exporters.hub import push as publish
     from exporters.hub import require_writable
     from exporters.pipeline import ExportRequest, plan_export, run_export
@@ -85,6 +87,7 @@ def run(options: argparse.Namespace) -> int:
         adapter=options.adapter,
         base=options.base,
         out=_out(options),
+        base_choice=BaseChoice(options.base_quantization, options.merge_into),
         to=options.to,
         dtype=options.dtype,
         device=options.device,

@@ -22,6 +22,20 @@ def add_verification(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_base_choice(parser: argparse.ArgumentParser) -> None:
+    """What concerns an adapter that was trained on a quantized base."""
+    parser.add_argument(
+        "--base-quantization",
+        metavar="KIND",
+        help="how the training quantized the base on loading it: nf4, nf4-double, fp4, int8, ... (docs/quantized.md)",
+    )
+    parser.add_argument(
+        "--merge-into",
+        choices=("dequantized", "original"),
+        help="the weights that the training saw, or the base's own in full precision",
+    )
+
+
 def add_reading_and_json(parser: argparse.ArgumentParser) -> None:
     add_reading(parser)
     add_json(parser)

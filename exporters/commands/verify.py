@@ -7,7 +7,7 @@ import json
 from contextlib import ExitStack
 
 from dora_serve.console import EXIT_FAILED, name_argument, read_options
-from exporters.commands.shared import Commands, add_reading_and_json, add_verification, show_progress
+from exporters.commands.shared import Commands, add_base_choice, add_reading_and_json, add_verification, show_progress
 
 
 def add(commands: Commands) -> None:
@@ -22,6 +22,7 @@ def add(commands: Commands) -> None:
     parser.add_argument(
         "--base", type=name_argument, help="the base that it was merged into; default: what the adapter names"
     )
+    add_base_choice(parser)
     add_verification(parser)
     add_reading_and_json(parser)
     parser.set_defaults(run=run, misused=misused)
@@ -55,6 +56,7 @@ def _against_its_sources(options: argparse.Namespace) -> int:
     """Every tensor and the forward; of what was pulled from the Hub the hashes as well, where there are any."""
     from dora_serve.devices import require_device
     from dora_serve.forward_check import ForwardOptions
+    from dora_serve.quantized.base import BaseChoice
     from exporters.pull import check_pulled, pull, without_links
     from exporters.report import folder_text, pulled_text
     from exporters.sources import open_sources
@@ -63,10 +65,11 @@ def _against_its_sources(options: argparse.Namespace) -> int:
     require_device(options.device)
     with ExitStack() as stack:
         progress = show_progress(stack)
+        choice = BaseChoice(options.base_quantization, options.merge_into)
         pulled = pull(options.merged, progress, any_model=True)
         require_merged_folder(pulled.folder, adapter=options.adapter, base=options.base or "BASE")
         held = check_pulled(pulled, progress) if pulled.repo_id and pulled.record else None
-        sources = open_sources(options.adapter, options.base, read_options(options), progress)
+        sources = open_sources(options.adapter, options.base, read_options(options), progress, choice)
         device = None if options.device == "auto" else options.device
         forward = ForwardOptions(options.reference, options.prompts, device)
         report = verify_folder(stack.enter_context(without_links(pulled)), sources, forward, progress)

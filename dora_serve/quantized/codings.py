@@ -1,0 +1,149 @@
+"""How the values of a tensor are made of what is stored: facts alone, which the merge and its judge both read.
+
+Values are numbered as in the flattened tensor. Nothing is decoded here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from dora_serve.safetensors_file import TensorEntry
+
+FourBitType = Literal["nf4", "fp4"]
+
+
+@dataclass(frozen=True)
+class Nested:
+    """bitsandbytes' double quantization of the absmax of the blocks: code[absmax_code] * absmax + offset.
+
+    absmax: float32, one for `blocksize` codes; code: the 256 values that they stand for.
+    """
+
+    absmax: TensorEntry
+    code: TensorEntry
+    blocksize: int
+    offset: float
+
+
+@dataclass(frozen=True)
+class FourBit:
+    """bitsandbytes' Params4bit: value = code[nibble] * absmax of its block, in float32, rounded once to the dtype.
+
+    codes: two to a byte, the first in the high half, whatever dtype they are stored in. absmax: one for `blocksize`
+    values, float32, or uint8 where it is nested.
+    """
+
+    codes: TensorEntry
+    absmax: TensorEntry
+    quant_type: FourBitType
+    blocksize: int
+    nested: Nested | None
+
+    @property
+    def label(self) -> str:
+        double = ", double quantization" if self.nested else ""
+        return f"bitsandbytes {self.quant_type}, blocks of {self.blocksize}{double}"
+
+
+@dataclass(frozen=True)
+class Int8Rows:
+    """bitsandbytes' Int8Params (LLM.int8()): value = code * SCB of its row / 127, in float32."""
+
+    codes: TensorEntry
+    scales: TensorEntry
+
+    @property
+    def label(self) -> str:
+        return "bitsandbytes int8"
+
+
+@dataclass(frozen=True)
+class HqqGroups:
+    """HQQ: value = (code - zero) * scale of its group, each step rounded to the compute dtype.
+
+    The tensor is a matrix of groups: with axis 1 (groups, group_size), one group a row; with axis 0 (group_size,
+    groups), one group a column. codes: `per_word` rows of it share one word, a row and those that lie whole numbers of
+    `stored_rows` further down, the first in the highest bits. scale, zero: one a group.
+    """
+
+    codes: TensorEntry
+    scale: TensorEntry
+    zero: TensorEntry
+    axis: Literal[0, 1]
+    columns: int
+    per_word: int
+    word: torch.dtype
+    bits_apart: int
+
+    @property
+    def stored_rows(self) -> int:
+        return self.codes.nbytes // self.word.itemsize // self.columns
+
+    @property
+    def label(self) -> str:
+        return f"HQQ {self.bits_apart} bit, axis {self.axis}"
+
+
+@dataclass(frozen=True)
+class Float8Blocks:
+    """float8 with a scale for each block of rows and columns: value = code * scale, in float32, rounded once."""
+
+    codes: TensorEntry
+    scales: TensorEntry
+    block: tuple[int, int]
+
+    @property
+    def label(self) -> str:
+        return "float8 in blocks"
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """What a trainer's quantization made of a dense weight: the kind, and the dtype that it was cast to before.
+
+    double: of the blocks' absmax as well. dtype: None for the one that is stored.
+    """
+
+    kind: Literal["nf4", "fp4", "int8"]
+    double: bool = False
+    dtype: torch.dtype | None = None
+    blocksize: int = 64
+
+    @property
+    def label(self) -> str:
+        if self.kind == "int8":
+            return "bitsandbytes int8"
+        double = ", double quantization" if self.double else ", single quantization"
+        return f"bitsandbytes {self.kind}, blocks of {self.blocksize}{double}"
+
+
+@dataclass(frozen=True)
+class QuantizedOnLoad:
+    """A dense tensor as it is after bitsandbytes has quantized and dequantized it, as a trainer does that loads it."""
+
+    source: TensorEntry
+    quantization: Quantization
+
+    @property
+    def label(self) -> str:
+        return f"{self.quantization.label}, quantized here"
+
+
+@dataclass(frozen=True)
+class Transposed:
+    """A matrix whose values are stored, or coded, the other way round: bitsandbytes turns a Conv1D before it quantizes.
+
+    source: (columns, rows), with or without a coding of its own.
+    """
+
+    source: TensorEntry
+
+    @property
+    def label(self) -> str:
+        return self.source.coding.label if self.source.coding else "transposed"
+
+
+Coding = FourBit | Int8Rows | HqqGroups | Float8Blocks | QuantizedOnLoad | Transposed

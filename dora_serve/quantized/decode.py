@@ -1,0 +1,173 @@
+"""Codes into values, a range at a time: what the library that wrote them computes, operation by operation.
+
+Peak memory: what is asked for, a few times over, in float32. With double quantization done here, also the absmax of
+every block of the tensor: a sixteenth of its bytes in float32. A Conv1D, which is coded the other way round, is held
+whole; those of the GPT-2 family are small.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import prod
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from dora_serve.quantized.codings import Float8Blocks, FourBit, HqqGroups, Int8Rows, QuantizedOnLoad, Transposed
+from dora_serve.quantized.quantize import BlockScales, block_scales, code_of, nearest_codes, quantize_rows
+from dora_serve.safetensors_file import TensorEntry, read_bytes, read_range, read_tensor
+
+Decoder = Callable[[int, int], Tensor]
+"""Values [start, stop) of the flattened tensor, in its dtype."""
+
+INT8_UNIT = 7.874015718698502e-3
+"""1 / 127 as bitsandbytes has it (functional.int8_vectorwise_dequant)."""
+
+
+def open_decoder(entry: TensorEntry) -> Decoder:
+    """What gives ranges of the values of an entry that has a coding. What it takes for all ranges, it keeps.
+
+    Raises CheckpointError where a file cannot be read.
+    """
+    coding = entry.coding
+    if isinstance(coding, FourBit):
+        return _four_bit(entry, coding)
+    if isinstance(coding, Int8Rows):
+        return _by_rows(entry, _int8(coding))
+    if isinstance(coding, HqqGroups):
+        return lambda start, stop: _hqq(entry, coding, start, stop)
+    if isinstance(coding, Float8Blocks):
+        return _by_rows(entry, _float8(entry, coding))
+    if isinstance(coding, Transposed):
+        return _transposed(entry, coding)
+    assert isinstance(coding, QuantizedOnLoad)
+    return _quantized_on_load(entry, coding)
+
+
+def _by_rows(entry: TensorEntry, rows: Callable[[int, int], Tensor]) -> Decoder:
+    """A range by way of the whole rows that it touches."""
+    width = entry.shape[-1]
+
+    def decode(start: int, stop: int) -> Tensor:
+        first, last = start // width, -(-stop // width)
+        return rows(first, last).to(entry.dtype).flatten()[start - first * width : stop - first * width]
+
+    return decode
+
+
+def _by_blocks(
+    blocksize: int, values: Callable[[int, int], Tensor], absmax: Callable[[int, int], Tensor], start: int, stop: int
+) -> Tensor:
+    """`values * absmax` in float32 for a range, of which `values` are read from the start of a block on."""
+    first, last = start // blocksize, -(-stop // blocksize)
+    near = values(first * blocksize, stop)
+    padded = functional.pad(near, (0, (last - first) * blocksize - near.numel())).view(-1, blocksize)
+    return (padded * absmax(first, last).unsqueeze(1)).flatten()[start - first * blocksize : stop - first * blocksize]
+
+
+def _four_bit(entry: TensorEntry, coding: FourBit) -> Decoder:
+    pairs = code_of(coding.quant_type)[torch.arange(256).unsqueeze(1) >> torch.tensor([4, 0]) & 15]
+    nested = coding.nested
+    codes_of_absmax = None if nested is None else read_tensor(nested.code).float()
+
+    def absmax(first: int, last: int) -> Tensor:
+        stored = read_range(coding.absmax, first, last)
+        if nested is None or codes_of_absmax is None:
+            return stored.float()
+        outer, size = first // nested.blocksize, nested.blocksize
+        scales = read_range(nested.absmax, outer, -(-last // size)).float().repeat_interleave(size)
+        return codes_of_absmax[stored.int()] * scales[first - outer * size :][: last - first] + nested.offset
+
+    def values(start: int, stop: int) -> Tensor:
+        # Blocks are of an even number of values, so the first of one is the first half of a byte.
+        where = coding.codes.start
+        stored = read_bytes(coding.codes.path, where + start // 2, where + (stop + 1) // 2)
+        return pairs[torch.frombuffer(stored, dtype=torch.uint8).int()].flatten()[: stop - start]
+
+    return lambda start, stop: _by_blocks(coding.blocksize, values, absmax, start, stop).to(entry.dtype)
+
+
+def _int8(coding: Int8Rows) -> Callable[[int, int], Tensor]:
+    width = coding.codes.shape[-1]
+
+    def rows(first: int, last: int) -> Tensor:
+        codes = read_range(coding.codes, first * width, last * width).view(-1, width)
+        return codes * read_range(coding.scales, first, last).unsqueeze(1) * INT8_UNIT
+
+    return rows
+
+
+def _float8(entry: TensorEntry, coding: Float8Blocks) -> Callable[[int, int], Tensor]:
+    width = entry.shape[1]
+    scales, (height, across) = read_tensor(coding.scales).float(), coding.block
+
+    def rows(first: int, last: int) -> Tensor:
+        codes = read_range(coding.codes, first * width, last * width).view(-1, width).float()
+        grid = scales[torch.arange(first, last) // height]
+        return codes * grid.repeat_interleave(across, dim=1)[:, :width]
+
+    return rows
+
+
+def _hqq(entry: TensorEntry, coding: HqqGroups, start: int, stop: int) -> Tensor:
+    """(code - zero) * scale in the compute dtype, which is the entry's, as HQQ's own layer on any device."""
+    columns, size = coding.columns, coding.word.itemsize
+    part = coding.stored_rows * columns  # so many values, one after the other, have the same bits of their words
+    pieces = []
+    for index in range(start // part, -(-stop // part)):
+        first, last = max(start, index * part), min(stop, (index + 1) * part)
+        at = coding.codes.start + (first - index * part) * size
+        words = torch.frombuffer(read_bytes(coding.codes.path, at, at + (last - first) * size), dtype=coding.word)
+        shift = coding.bits_apart * (coding.per_word - 1 - index)
+        pieces.append((words >> shift) & ((1 << coding.bits_apart) - 1))
+    codes = torch.cat(pieces).to(entry.dtype)
+    if coding.axis == 1:
+        groups = torch.arange(start, stop) // columns
+        low, high = start // columns, -(-stop // columns)
+    else:
+        groups = torch.arange(start, stop) % columns
+        low, high = 0, columns
+    zero, scale = (read_range(of, low, high).to(entry.dtype)[groups - low] for of in (coding.zero, coding.scale))
+    return (codes - zero) * scale
+
+
+def _reader(entry: TensorEntry) -> Decoder:
+    """Ranges of any entry."""
+    return open_decoder(entry) if entry.coding else lambda start, stop: read_range(entry, start, stop)
+
+
+def _transposed(entry: TensorEntry, coding: Transposed) -> Decoder:
+    columns, rows = coding.source.shape
+    whole = _reader(coding.source)(0, rows * columns).view(columns, rows).T.flatten()
+    return lambda start, stop: whole[start:stop]
+
+
+def _quantized_on_load(entry: TensorEntry, coding: QuantizedOnLoad) -> Decoder:
+    quantization, source, width = coding.quantization, coding.source, coding.source.shape[-1]
+
+    read = _reader(source)
+
+    def stored(start: int, stop: int) -> Tensor:
+        values = read(start, stop)
+        return values.to(quantization.dtype) if quantization.dtype is not None else values
+
+    if quantization.kind == "int8":
+
+        def rows(first: int, last: int) -> Tensor:
+            codes, scales = quantize_rows(stored(first * width, last * width).view(-1, width))
+            return codes * scales.unsqueeze(1) * INT8_UNIT
+
+        return _by_rows(entry, rows)
+
+    kind, size = quantization.kind, quantization.blocksize
+    scales: BlockScales = block_scales(stored, prod(source.shape), quantization)
+    code = code_of(kind)
+
+    def values(start: int, stop: int) -> Tensor:
+        return code[nearest_codes(stored(start, stop).float(), scales.absmax, start // size, quantization).int()]
+
+    def absmax(first: int, last: int) -> Tensor:
+        return scales.restored[first:last]
+
+    return lambda start, stop: _by_blocks(size, values, absmax, start, stop).to(entry.dtype)

@@ -1,0 +1,271 @@
+"""Merges into quantized bases, made by transformers and bitsandbytes: the oracle is PEFT's unmerged forward on them."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bitsandbytes import functional as bnb
+from peft import PeftModel
+from torch import Tensor
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from exporters.cli import main
+from tests.cases import (
+    LINEARS,
+    SIZES,
+    adapt,
+    ask_here,
+    build,
+    distance,
+    llama,
+    load,
+    logits,
+    quiet,
+    read_tensors,
+    save,
+    tokens,
+)
+
+SIZE = {**SIZES, "hidden_size": 64, "intermediate_size": 128, "head_dim": 32, "initializer_range": 0.2}
+KINDS = ("nf4", "nf4-double", "fp4", "int8")
+METHODS = ("lora", "dora")
+
+
+def quantization(kind: str) -> BitsAndBytesConfig:
+    if kind == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=kind.removesuffix("-double"),
+        bnb_4bit_compute_dtype=torch.float32,
+        bnb_4bit_use_double_quant=kind.endswith("-double"),
+    )
+
+
+def load_quantized(folder: Path, **options: Any) -> Any:
+    """A model that bitsandbytes runs on the CPU, in float32."""
+    with quiet():
+        model = AutoModelForCausalLM.from_pretrained(folder, device_map="cpu", dtype=torch.float32, **options)
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model.eval()
+
+
+@dataclass(frozen=True)
+class World:
+    """root: a dense base in float32, what bitsandbytes makes of it in KINDS, and adapters."""
+
+    root: Path
+
+    def unmerged(self, kind: str, method: str) -> Tensor:
+        """PEFT's logits, on the base as bitsandbytes runs it; int8, which it would round activations for, dense."""
+        model = load_quantized(self.root / kind)
+        if kind == "int8":
+            model = model.dequantize(torch.float32)
+        with quiet():
+            return logits(PeftModel.from_pretrained(model, self.root / method).eval(), tokens(model))
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    root = tmp_path_factory.mktemp("quantized")
+    model = llama(**SIZE)
+    save(model, root / "dense")
+    for method in METHODS:
+        adapt(model, root / method, target_modules=list(LINEARS), lora_alpha=12, use_dora=method == "dora")
+    for kind in KINDS:
+        load_quantized(root / "dense", quantization_config=quantization(kind)).save_pretrained(root / kind)
+    return World(root)
+
+
+@pytest.fixture(autouse=True)
+def _here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """transformers is asked in this process; and bitsandbytes says at every call of an int8 layer what it casts."""
+    monkeypatch.setattr("dora_serve.names.runtime_names", ask_here)
+    logger = logging.getLogger("bitsandbytes.autograd._functions")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    yield
+    logger.setLevel(level)
+
+
+def run(*words: str | Path) -> int:
+    return main([str(word) for word in words])
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    table: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    return table
+
+
+def record_of(folder: Path) -> dict[str, Any]:
+    table: dict[str, Any] = json.loads((folder / "dora_export.json").read_text())
+    return table
+
+
+def dequantized(folder: Path) -> dict[str, Tensor]:
+    """Every weight of a stored model by bitsandbytes' own functions, under its dense name."""
+    found = {}
+    for name, module in load_quantized(folder).named_modules():
+        if type(module).__name__ == "Linear4bit":
+            found[f"{name}.weight"] = bnb.dequantize_4bit(module.weight.data, module.weight.quant_state)
+        elif type(module).__name__ == "Linear8bitLt":
+            found[f"{name}.weight"] = bnb.int8_vectorwise_dequant(module.weight.data, module.weight.SCB)
+    return found
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_merge_into_codes_is_what_peft_computes_on_them(world: World, kind: str, method: str, tmp_path: Path) -> None:
+    out = tmp_path / "merged"
+    assert run("merge", world.root / method, "--base", world.root / kind, "-o", out, "--device", "cpu") == 0
+    config, record = config_of(out), record_of(out)
+    assert "quantization_config" in config_of(world.root / kind)
+    assert "quantization_config" not in config
+    assert record["config_changes"]["quantization_config"] is None
+    assert "bitsandbytes" in record["quantization"]
+    assert any("stored quantized" in note for note in record["notes"])
+    assert record["verification"]["forward"]["ran"]
+    assert record["verification"]["passed"]
+    merged, dense = load(out, llama(**SIZE)), load(world.root / "dense", llama(**SIZE))
+    stored = read_tensors(out)
+    assert {value.dtype for value in stored.values()} == {torch.float32}
+    assert stored.keys() == read_tensors(world.root / "dense").keys()
+
+    theirs = world.unmerged(kind, method)
+    ours = logits(merged, tokens(merged))
+    with quiet():
+        on_dense = logits(PeftModel.from_pretrained(dense, world.root / method).eval(), tokens(dense))
+    # Both compute in float32, by the same weights and in another order.
+    allowed = 1e-5 * float(theirs.square().mean().sqrt())
+    assert distance(ours, theirs) < allowed
+    assert distance(on_dense, theirs) > 100 * allowed
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_merged_element_is_exact_on_bitsandbytes_own_weights(world: World, kind: str, tmp_path: Path) -> None:
+    """Against the formula in float64 on what its functions dequantize, rounded once to the output's dtype."""
+    out = tmp_path / "merged"
+    where = ("--base", world.root / kind, "-o", out, "--no-verify", "--dtype", "float32")
+    assert run("merge", world.root / "dora", *where) == 0
+    stored, weights = read_tensors(out), dequantized(world.root / kind)
+    adapter = {name: value.double() for name, value in read_tensors(world.root / "dora").items()}
+    assert len(weights) == 2 * len(LINEARS)
+    for name, weight in weights.items():
+        of = f"base_model.model.{name.removesuffix('.weight')}"
+        direction = weight.double() + 3 * adapter[f"{of}.lora_B.weight"] @ adapter[f"{of}.lora_A.weight"]
+        scale = adapter[f"{of}.lora_magnitude_vector"] / torch.linalg.vector_norm(direction, dim=1)
+        assert torch.equal(stored[name], (direction * scale.unsqueeze(1)).float())
+
+
+@pytest.mark.parametrize("kind", ["nf4", "nf4-double", "int8"])
+def test_a_base_quantized_on_loading_is_reproduced(world: World, kind: str, tmp_path: Path) -> None:
+    """The dense base and the flag give what the stored codes give: to the bit, but for the absmax of nf4-double."""
+    outs = {name: tmp_path / name for name in ("stored", "loaded", "original")}
+    adapter = world.root / "dora"
+    flags = ("--base", world.root / "dense", "--base-quantization", kind, "--device", "cpu")
+    assert run("merge", adapter, "--base", world.root / kind, "-o", outs["stored"], "--no-verify") == 0
+    assert run("merge", adapter, *flags, "--merge-into", "dequantized", "-o", outs["loaded"]) == 0
+    assert run("merge", adapter, *flags, "--merge-into", "original", "-o", outs["original"]) == 0
+    stored, loaded, original = (read_tensors(outs[name]) for name in outs)
+    assert stored.keys() == loaded.keys() == original.keys()
+    quantized = {name for name in stored if name.rpartition(".")[0].endswith(LINEARS)}
+    for name, value in stored.items():
+        if kind != "nf4-double" or name not in quantized:
+            assert torch.equal(loaded[name], value), name
+        else:
+            assert (loaded[name] - value).norm() < 1e-2 * value.norm()
+        assert torch.equal(original[name], value) == (name not in quantized)
+    record = record_of(outs["loaded"])
+    assert record["verification"]["passed"]
+    assert any("14 weights were quantized" in note for note in record["notes"])
+    assert any("not the model that was trained" in note for note in record_of(outs["original"])["notes"])
+    if kind != "nf4":
+        return
+    assert verified(outs["loaded"], adapter, *flags, "--merge-into", "dequantized") == 0
+    assert verified(outs["original"], adapter, *flags, "--merge-into", "original") == 0
+    assert verified(outs["original"], adapter, *flags, "--merge-into", "dequantized") == 1
+    assert verified(outs["loaded"], adapter, *flags[:2], "--device", "cpu") == 1
+
+
+def verified(merged: Path, adapter: Path, *flags: str | Path) -> int:
+    return run("verify", merged, "--adapter", adapter, *flags)
+
+
+def test_a_folder_that_kept_its_quantization_config_fails(world: World, tmp_path: Path) -> None:
+    out = tmp_path / "merged"
+    base = ("--base", world.root / "nf4")
+    assert run("merge", world.root / "lora", *base, "-o", out, "--no-verify") == 0
+    assert verified(out, world.root / "lora", *base, "--device", "cpu") == 0
+    config = config_of(out)
+    config["quantization_config"] = config_of(world.root / "nf4")["quantization_config"]
+    (out / "config.json").write_text(json.dumps(config))
+    assert verified(out, world.root / "lora", *base, "--device", "cpu") == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (("--base-quantization", "nf4"), "--merge-into dequantized or --merge-into original"),
+        (("--merge-into", "dequantized"), "--base-quantization nf4"),
+        (("--base-quantization", "gptq", "--merge-into", "dequantized"), "wanted one of nf4"),
+        (("--base-quantization", "nf4:int3", "--merge-into", "dequantized"), "bfloat16"),
+    ],
+)
+def test_a_choice_that_is_missing_or_wrong_is_named(
+    world: World, flags: tuple[str, ...], named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "merged"
+    assert run("merge", world.root / "dora", "--base", world.root / "dense", *flags, "-o", out) == 1
+    assert named in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (("--merge-into", "original"), "--base"),
+        (("--base-quantization", "nf4", "--merge-into", "dequantized"), "Leave --base-quantization away"),
+    ],
+)
+def test_a_choice_that_contradicts_a_stored_quantization_is_named(
+    world: World, flags: tuple[str, ...], named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "merged"
+    assert run("merge", world.root / "dora", "--base", world.root / "nf4", *flags, "-o", out) == 1
+    assert named in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_conv1d_layers_are_turned_back(kind: str, tmp_path: Path) -> None:
+    """GPT-2: transformers turns its weights before they are quantized, and a dense folder has them as they were."""
+    sizes = {"vocab_size": 40, "n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 32}
+    model = build("AutoModelForCausalLM", "gpt2", **sizes)
+    save(model, tmp_path / "dense")
+    adapt(model, tmp_path / "adapter", target_modules=["c_attn", "c_fc"], use_dora=True, fan_in_fan_out=True)
+    quantized = load_quantized(tmp_path / "dense", quantization_config=quantization(kind))
+    quantized.save_pretrained(tmp_path / "stored")
+    adapter = tmp_path / "adapter"
+    assert run("merge", adapter, "--base", tmp_path / "stored", "-o", tmp_path / "one", "--device", "cpu") == 0
+    flags = ("--base-quantization", kind, "--merge-into", "dequantized", "--device", "cpu")
+    assert run("merge", adapter, "--base", tmp_path / "dense", *flags, "-o", tmp_path / "two") == 0
+    one, two = read_tensors(tmp_path / "one"), read_tensors(tmp_path / "two")
+    shared = [name for name in two if name in one]
+    assert any("c_attn.weight" in name for name in shared)
+    assert all(torch.equal(one[name], two[name]) for name in shared)
+    merged = load(tmp_path / "one", model)
+    with quiet():
+        theirs = PeftModel.from_pretrained(copy.deepcopy(quantized), adapter).eval()
+    wanted = logits(theirs, tokens(model))
+    allowed = 0.05 if kind == "int8" else 1e-5
+    assert distance(logits(merged, tokens(model)), wanted) < allowed * float(wanted.square().mean().sqrt())
