@@ -362,6 +362,13 @@ def test_a_state_that_is_no_json_is_an_error(tmp_path: Path) -> None:
         dense_view(store(tmp_path / "base", tensors))
 
 
+def test_values_that_were_not_fetched_are_said_to_be_missing(tmp_path: Path) -> None:
+    """`inspect` of a Hub repository reads headers, and zeros stand for the rest."""
+    tensors = {name: torch.zeros_like(value) for name, value in four_bit_tensors(weight(8, 64), "nf4").items()}
+    with pytest.raises(CheckpointError, match="is zeros"):
+        dense_view(store(tmp_path / "base", tensors))
+
+
 def test_old_int8_layouts_are_refused(tmp_path: Path) -> None:
     tensors = {
         NAME: torch.zeros(4, 8, dtype=torch.int8),

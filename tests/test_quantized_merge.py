@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import pytest
 import torch
 from bitsandbytes import functional as bnb
 from peft import PeftModel
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -30,11 +31,12 @@ from tests.cases import (
     logits,
     quiet,
     read_tensors,
+    rewrite_json,
     save,
     tokens,
 )
 
-SIZE = {**SIZES, "hidden_size": 64, "intermediate_size": 128, "head_dim": 32, "initializer_range": 0.2}
+SIZE = {**SIZES, "hidden_size": 64, "intermediate_size": 128, "head_dim": 32, "initializer_range": 0.08}
 KINDS = ("nf4", "nf4-double", "fp4", "int8")
 METHODS = ("lora", "dora")
 
@@ -269,3 +271,144 @@ def test_conv1d_layers_are_turned_back(kind: str, tmp_path: Path) -> None:
     wanted = logits(theirs, tokens(model))
     allowed = 0.05 if kind == "int8" else 1e-5
     assert distance(logits(merged, tokens(model)), wanted) < allowed * float(wanted.square().mean().sqrt())
+
+
+# fsdp_qlora's QDoRA: a file by hand, in its trainer's layout, on a Qwen2, whose queries, keys and values have biases.
+
+
+@dataclass(frozen=True)
+class Qdora:
+    """base: a dense Qwen2 in bfloat16. adapter: its folder. tensors: what is in it."""
+
+    base: Path
+    adapter: Path
+    tensors: dict[str, Tensor]
+
+
+@pytest.fixture(scope="module")
+def qdora(tmp_path_factory: pytest.TempPathFactory) -> Qdora:
+    root = tmp_path_factory.mktemp("qdora")
+    model = build("AutoModelForCausalLM", "qwen2", **{**SIZE, "tie_word_embeddings": False})
+    save(model, root / "base", torch.bfloat16)
+    generator = torch.Generator().manual_seed(4)
+    tensors: dict[str, Tensor] = {}
+    for name, module in model.named_modules():
+        if name.endswith(("q_proj", "k_proj", "v_proj", "up_proj", "down_proj", "gate_proj")):
+            out, width = module.weight.shape
+            tensors[f"{name}.dora_layer.lora_A.weight"] = torch.randn(4, width, generator=generator)
+            tensors[f"{name}.dora_layer.lora_B.weight"] = 0.1 * torch.randn(out, 4, generator=generator)
+            spread = 1 + 0.1 * torch.randn(out, generator=generator)
+            tensors[f"{name}.magnitude_layer.magnitude"] = spread * module.weight.detach().norm(dim=1)
+    tensors = {name: value.bfloat16() for name, value in tensors.items()}
+    (root / "adapter").mkdir()
+    save_file(tensors, root / "adapter" / "model_state_dict.safetensors")
+    return Qdora(root / "base", root / "adapter", tensors)
+
+
+def test_a_qdora_of_fsdp_qlora_is_what_its_layer_computes(qdora: Qdora, tmp_path: Path) -> None:
+    """Its own formula (scripts/dora.py), in float64, over what bitsandbytes makes of the weights: nf4, and double as
+    Linear4bit has it by default; m / ||V|| multiplies the bias as well."""
+    out = tmp_path / "merged"
+    flags = ("--base", qdora.base, "--base-quantization", "nf4", "--merge-into", "dequantized", "--device", "cpu")
+    assert run("merge", qdora.adapter, *flags, "-o", out) == 0
+    assert record_of(out)["quantization"].startswith("bitsandbytes nf4, blocks of 64, double quantization")
+    merged, base = read_tensors(out), read_tensors(qdora.base)
+    assert {value.dtype for value in merged.values()} == {torch.bfloat16}
+    adapted = [name.removesuffix(".magnitude_layer.magnitude") for name in qdora.tensors if "magnitude" in name]
+    for module in adapted:
+        a, b, m = (
+            qdora.tensors[f"{module}.{part}"].double()
+            for part in ("dora_layer.lora_A.weight", "dora_layer.lora_B.weight", "magnitude_layer.magnitude")
+        )
+        codes, state = bnb.quantize_4bit(base[f"{module}.weight"], quant_type="nf4", compress_statistics=True)
+        direction = bnb.dequantize_4bit(codes, state).double() + b @ a
+        scale = m / torch.linalg.vector_norm(direction, dim=1)
+        wanted = scale.unsqueeze(1) * direction
+        # Where a code of the absmax is a neighbour's (see test_quantized_decode), a block differs by a hundredth.
+        close = (merged[f"{module}.weight"].double() - wanted).abs() <= 2.0**-8 * wanted.abs()
+        assert close.float().mean() > 0.98
+        if f"{module}.bias" in base:
+            bias = base[f"{module}.bias"].double()
+            assert not torch.allclose(scale, torch.ones(()).double(), rtol=1e-2)
+            assert torch.allclose(merged[f"{module}.bias"].double(), scale * bias, rtol=2.0**-8)
+    for name in base:
+        if name.endswith("o_proj.weight"):  # it has no adapter, and is quantized all the same
+            codes, state = bnb.quantize_4bit(base[name], quant_type="nf4", compress_statistics=True)
+            same = merged[name] == bnb.dequantize_4bit(codes, state)
+            assert same.float().mean() > 0.98
+            assert not torch.equal(merged[name], base[name])
+    assert torch.equal(merged["lm_head.weight"], base["lm_head.weight"])
+
+
+def test_a_qdora_of_fsdp_qlora_needs_the_choice(
+    qdora: Qdora, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "merged"
+    assert run("merge", qdora.adapter, "--base", qdora.base, "-o", out) == 1
+    said = capsys.readouterr().err
+    assert "--base-quantization nf4 --merge-into dequantized, or --merge-into original" in said
+    assert not out.exists()
+    assert run("merge", qdora.adapter, "--base", qdora.base, "--merge-into", "original", "-o", out, "--no-verify") == 0
+    single = ("--base-quantization", "nf4-single", "--merge-into", "dequantized")
+    assert run("merge", qdora.adapter, "--base", qdora.base, *single, "-o", tmp_path / "single", "--no-verify") == 0
+    assert "single quantization" in record_of(tmp_path / "single")["quantization"]
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert not torch.equal(read_tensors(out)[name], read_tensors(tmp_path / "single")[name])
+
+
+# HQQ and float8, end to end: bases by hand, whose dense twins are merged by the same command.
+
+
+def hqq_twin(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """4-bit groups of 64 of a weight, without HQQ's search for better ones, and what they stand for."""
+    groups = weight.float().view(-1, 64)
+    low, high = groups.amin(dim=1, keepdim=True), groups.amax(dim=1, keepdim=True)
+    scale = ((high - low) / 15).bfloat16()
+    zero = (-low / scale.float()).bfloat16()
+    codes = (groups / scale.float() + zero.float()).round().clamp(0, 15).to(torch.uint8)
+    half = len(codes) // 2
+    parts = {
+        "W_q": codes[:half] << 4 | codes[half:],
+        "scale": scale,
+        "zero": zero,
+        "shape": torch.tensor(weight.shape),
+        "axis": torch.tensor(1, dtype=torch.int32),
+        "group_size": torch.tensor(64, dtype=torch.int32),
+        "nbits": torch.tensor(4, dtype=torch.int32),
+        "packing": torch.tensor(list(b"4bit_u8"), dtype=torch.uint8),
+        "compute_dtype": torch.tensor(list(b"torch.bfloat16"), dtype=torch.uint8),
+    }
+    return parts, ((codes.bfloat16() - zero) * scale).view(weight.shape)
+
+
+def float8_twin(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """float8 with one scale for the matrix, which is smaller than a block, and what it stands for."""
+    scale = weight.float().abs().max() / 448
+    codes = (weight.float() / scale).to(torch.float8_e4m3fn)
+    return {"weight": codes, "weight_scale_inv": scale.view(1, 1)}, (codes.float() * scale).bfloat16()
+
+
+@pytest.mark.parametrize(("method", "twin"), [("hqq", hqq_twin), ("fp8", float8_twin)])
+def test_a_merge_into_other_codes_is_that_into_what_they_stand_for(
+    world: World, method: str, twin: Callable[[Tensor], tuple[dict[str, Tensor], Tensor]], tmp_path: Path
+) -> None:
+    dense = load(world.root / "dense", llama(**SIZE)).bfloat16()
+    tensors, stood_for = dict(dense.state_dict()), dict(dense.state_dict())
+    for name in list(tensors):
+        module = name.removesuffix(".weight")
+        if module.endswith(LINEARS):
+            parts, stood_for[name] = twin(tensors.pop(name))
+            tensors |= {f"{module}.{part}": value for part, value in parts.items()}
+    for folder, held in (("codes", tensors), ("twin", stood_for)):
+        dense.config.save_pretrained(tmp_path / folder)
+        save_file({name: value.contiguous() for name, value in held.items()}, tmp_path / folder / "model.safetensors")
+        rewrite_json(tmp_path / folder / "config.json", dtype="bfloat16", architectures=["LlamaForCausalLM"])
+    rewrite_json(tmp_path / "codes" / "config.json", quantization_config={"quant_method": method})
+    for folder in ("codes", "twin"):
+        where = ("--base", tmp_path / folder, "-o", tmp_path / f"merged-{folder}", "--device", "cpu")
+        assert run("merge", world.root / "dora", *where) == 0
+    codes, twins = read_tensors(tmp_path / "merged-codes"), read_tensors(tmp_path / "merged-twin")
+    assert codes.keys() == twins.keys()
+    assert all(torch.equal(codes[name], twins[name]) for name in twins)
+    assert record_of(tmp_path / "merged-codes")["verification"]["forward"]["ran"]
+    assert "quantization_config" not in config_of(tmp_path / "merged-codes")

@@ -30,10 +30,9 @@ _DTYPES: Mapping[str, torch.dtype] = {
     "float16": torch.float16,
     "float32": torch.float32,
 }
-_TRAINS_QUANTIZED = ("fsdp_qlora",)
-_DOUBLE_BY_DEFAULT = ("fsdp_qlora",)
-"""Formats whose trainer builds Linear4bit with its own default, which quantizes the absmax as well; transformers'
-BitsAndBytesConfig leaves that off."""
+_FSDP_QLORA = "fsdp-qlora"
+"""Its trainer builds Linear4bit with that one's own default, which quantizes the absmax as well, where transformers'
+BitsAndBytesConfig leaves that off. Its DoRA exists on quantized bases alone, its LoRA on both."""
 
 BOTH = (
     "--merge-into dequantized gives the model that was trained, with the error of its quantization; "
@@ -116,13 +115,19 @@ def _dense(checkpoint: ShardedCheckpoint, adapter: Adapter, choice: BaseChoice) 
             f"--merge-into dequantized needs to know how the base was quantized: {str(checkpoint.folder)!r} is dense.",
             remedy="Say it with --base-quantization, for example --base-quantization nf4, or give the quantized base.",
         )
-    if adapter.format in _TRAINS_QUANTIZED and choice.merge_into is None:
+    if adapter.format == _FSDP_QLORA and adapter.method == "DoRA" and choice.merge_into is None:
         raise DoraServeError(
-            f"The adapter {str(adapter.path)!r} is of {adapter.format}, which trains on a base that it quantizes as it "
-            f"loads it, and its file does not say how. There are two ways to merge it: {BOTH}.",
+            f"The adapter {str(adapter.path)!r} is a DoRA of fsdp_qlora, which trains those on bases that it "
+            f"quantizes as it loads them, and its file does not say how. There are two ways to merge it: {BOTH}.",
             remedy="Say --base-quantization nf4 --merge-into dequantized, or --merge-into original. After training on "
             "HQQ, give the HQQ checkpoint itself as the base.",
         )
+    if adapter.format == _FSDP_QLORA and choice.merge_into is None:
+        note = (
+            "fsdp_qlora trains a LoRA on the base as it is stored, or on one that it quantizes as it loads it, and the "
+            "file does not say which: the first is assumed, and --base-quantization says the other."
+        )
+        return ChosenBase(checkpoint, (note,))
     return ChosenBase(checkpoint)
 
 
@@ -136,7 +141,7 @@ def parse_quantization(text: str, adapter_format: str = "peft") -> Quantization:
             remedy="For a QLoRA say nf4 (nf4-double if it used bnb_4bit_use_double_quant). HQQ, GPTQ and AWQ depend on "
             "more than the weights: give the quantized checkpoint itself as the base.",
         )
-    double = found[2] == "-double" or (found[2] is None and adapter_format in _DOUBLE_BY_DEFAULT)
+    double = found[2] == "-double" or (found[2] is None and adapter_format == _FSDP_QLORA)
     kind: Literal["nf4", "fp4", "int8"] = "nf4" if found[1] == "nf4" else "fp4" if found[1] == "fp4" else "int8"
     return Quantization(kind, double and kind != "int8", _DTYPES.get(found[3] or ""))
 

@@ -14,7 +14,7 @@ import torch
 from dora_serve.errors import CheckpointError
 from dora_serve.quantized.codings import FourBit, FourBitType, Int8Rows, Nested
 from dora_serve.quantized.quantize import code_of
-from dora_serve.safetensors_file import TensorEntry, read_tensor
+from dora_serve.safetensors_file import TensorEntry, read_range, read_tensor
 
 _STATE = ".quant_state.bitsandbytes__"
 _PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
@@ -124,6 +124,13 @@ def _read_state(entry: TensorEntry) -> Mapping[str, object]:
             state = json.loads(bytes(read_tensor(entry).flatten().tolist()))
         except (ValueError, RecursionError):
             state = None
+    if state is None and not read_range(entry, 0, 1).any():
+        raise CheckpointError(
+            f"{entry.name!r} is zeros, so what its codes mean is not known.",
+            remedy="Where a base on the Hub is only looked at, its values are not fetched: name a folder that holds it.",
+            path=str(entry.path),
+            tensor=entry.name,
+        )
     if not isinstance(state, dict):
         raise _unsound(entry, "no JSON object", "that of a quant_state")
     return state
