@@ -127,7 +127,7 @@ def _read_state(entry: TensorEntry) -> Mapping[str, object]:
     if state is None and not read_range(entry, 0, 1).any():
         raise CheckpointError(
             f"{entry.name!r} is zeros, so what its codes mean is not known.",
-            remedy="Where a base on the Hub is only looked at, its values are not fetched: name a folder that holds it.",
+            remedy="Where a base on the Hub is only looked at, its values are not fetched: name a folder instead.",
             path=str(entry.path),
             tensor=entry.name,
         )
