@@ -12,7 +12,7 @@ from typing import NoReturn
 
 from dora_serve import __version__
 from dora_serve.console import EXIT_INTERRUPTED, CommandParser, run_command
-from exporters.commands import demo_base, inspect, merge, onnx_adapter, push, verify
+from exporters.commands import convert, demo_base, inspect, merge, onnx_adapter, push, verify
 
 
 def build_parser() -> CommandParser:
@@ -26,6 +26,7 @@ def build_parser() -> CommandParser:
     onnx_adapter.add(commands)
     verify.add(commands)
     inspect.add(commands)
+    convert.add(commands)
     push.add(commands)
     demo_base.add(commands)
     parser.set_defaults(

@@ -179,7 +179,7 @@ def _python(source: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", source], cwd=ROOT, capture_output=True, text=True, check=False)
 
 
-EXPORT_COMMANDS = ("", "merge", "onnx-adapter", "verify", "inspect", "push", "demo-base")
+EXPORT_COMMANDS = ("", "convert", "merge", "onnx-adapter", "verify", "inspect", "push", "demo-base")
 COMMANDS = [("exporters.cli", command) for command in EXPORT_COMMANDS]
 COMMANDS += [("dora_serve.cli", command) for command in ("", "generate", "app")]
 
