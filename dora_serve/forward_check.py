@@ -454,6 +454,23 @@ class _Check:
         self.on_progress(Progress("Comparing the forward", self.done, self.total, "forwards"))
 
 
+def measure_loss(checkpoint: ShardedCheckpoint, forward: ForwardReport, device: str) -> Comparison | None:
+    """How far a quantized model, its codes decoded to float32, is from the unmerged one on the samples of `forward`.
+
+    None where it cannot be loaded or run. Peak memory: the model in float32.
+    """
+    import transformers
+
+    model_class = getattr(transformers, forward.architecture or "", None)
+    if model_class is None or not forward.samples:
+        return None
+    with quiet_transformers(), _full_precision(), torch.inference_mode():
+        model = from_tensors(model_class, checkpoint, torch.float32)[0].to(device).eval()
+        pairs = zip(forward.samples, forward.unmerged_logits, strict=True)
+        runs = ((sample, unmerged, _logits(model, sample)) for sample, unmerged in pairs)
+        return compare(runs, causal=any(sample.grows == "input_ids" for sample in forward.samples))
+
+
 def _config(folder: Path) -> Mapping[str, object]:
     try:
         config = read_json(folder)

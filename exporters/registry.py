@@ -5,15 +5,18 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from dora_serve.checkpoint import side_files
+from dora_serve.errors import CheckpointError
 from dora_serve.forward_check import ForwardReport
 from dora_serve.plan import MergePlan
 from dora_serve.progress import OnProgress, Progress
+from dora_serve.quantized.codings import Quantization
 from dora_serve.verify import VerifyReport
 from exporters.onnx.check.answers import Inputs, token_ids, token_inputs
 from exporters.onnx_adapters.options import SlotOptions
@@ -78,7 +81,7 @@ def _check_onnx_architecture(plan: MergePlan, options: ExportOptions) -> None:
 
     require("onnx", "onnxscript", "onnxruntime", "transformers")
     if ("architectures",) not in plan.config_changes:
-        architecture_of(plan.base.folder)
+        architecture_of(plan.base.folder, becomes_dense=True)
 
 
 def export_safetensors(given: ExportInput) -> Exported:
@@ -129,12 +132,44 @@ def compare_onnx(
     )
 
 
+def _check_four_bit(plan: MergePlan, options: ExportOptions) -> None:
+    from exporters.four_bit import require_four_bit
+    from exporters.onnx.loading import require
+
+    require("transformers")
+    require_four_bit(plan.base, {tensor.dtype for tensor in plan.tensors.values()})
+
+
+def export_four_bit_folder(given: ExportInput, *, double: bool) -> Exported:
+    """The merged model in bitsandbytes' nf4, compared with the dense one and with the unmerged model."""
+    from exporters.four_bit import export_four_bit
+
+    made = export_four_bit(
+        given.merged,
+        given.out,
+        Quantization("nf4", double),
+        metadata=given.metadata,
+        forward=given.verification.forward if given.verification else None,
+        device=given.device,
+        on_progress=given.on_progress,
+    )
+    failures = (f"{made.differing} elements of the 4-bit codes do not stand for what they should.",)
+    return Exported({"four_bit": asdict(made)}, failures if made.differing else ())
+
+
 def _check_slots(plan: MergePlan, options: ExportOptions) -> None:
     from exporters.onnx.architectures import architecture_of
     from exporters.onnx.loading import require
     from exporters.onnx_adapters.export import require_servable
 
     require("onnx", "onnxscript", "onnxruntime", "transformers")
+    if plan.base.quantization is not None:
+        raise CheckpointError(
+            f"The base {str(plan.base.folder)!r} is {plan.base.quantization}, and adapters are kept apart here from a "
+            "base that is exported as its folder has it.",
+            remedy="Merge the adapter (--to onnx), or give a dense base without --base-quantization.",
+            path=str(plan.base.folder),
+        )
     require_servable(plan.adapter, options.slots)
     architecture_of(plan.base.folder)
 
@@ -198,6 +233,8 @@ EXPORTERS: Mapping[str, Exporter] = {
     "safetensors": Exporter(_nothing_to_check, export_safetensors),
     "onnx": Exporter(_check_onnx_architecture, export_onnx_folder),
     "onnx-adapters": Exporter(_check_slots, export_onnx_adapters),
+    "nf4": Exporter(_check_four_bit, partial(export_four_bit_folder, double=False)),
+    "nf4-double": Exporter(_check_four_bit, partial(export_four_bit_folder, double=True)),
 }
 
 

@@ -44,6 +44,8 @@ def export_text(export: Export) -> str:
         lines.append("NOT VERIFIED (--no-verify): nothing shows that these weights equal the unmerged model.")
     else:
         lines += ["", verification_text(export.verification)]
+    if "four_bit" in export.exported.values:
+        lines += ["", _four_bit_text(export.exported.values["four_bit"])]
     onnx: Any = export.exported.values.get("onnx")
     if onnx is not None:
         lines += ["", onnx_export_text(onnx)]
@@ -52,6 +54,23 @@ def export_text(export: Export) -> str:
         else:
             lines.append(_onnx_text(export.exported.values.get("onnx_check")))
     return "\n".join([*lines, "", f"Written to {export.out}"])
+
+
+def _four_bit_text(made: Any) -> str:
+    """What quantizing the merged model cost it."""
+    worst, error = made["worst"]
+    text = (
+        f"{made['tensors']} weights as {made['label']}, {format_bytes(made['nbytes'])}: off by "
+        f"{made['relative_error']:.1%} of their norm ({worst}: {error:.1%})"
+    )
+    logits = made["logits"]
+    if logits is None:
+        return f"{text}. What that does to the logits was not measured."
+    perplexity = f", perplexity {logits['perplexity']:.3g}" if logits["perplexity"] else ""
+    return (
+        f"{text}.\nAgainst the unmerged model: logits off by {logits['rms']:.3g} (root mean square), KL "
+        f"{logits['kl']:.3g} nats, the same top-1 in {logits['top1']:.1%} of positions{perplexity}."
+    )
 
 
 def _slots_text(values: Mapping[str, Any]) -> list[str]:

@@ -412,3 +412,82 @@ def test_a_merge_into_other_codes_is_that_into_what_they_stand_for(
     assert all(torch.equal(codes[name], twins[name]) for name in twins)
     assert record_of(tmp_path / "merged-codes")["verification"]["forward"]["ran"]
     assert "quantization_config" not in config_of(tmp_path / "merged-codes")
+
+
+# Written in four bits again: read by transformers and bitsandbytes, whose own quantization of the dense merge it is.
+
+
+@pytest.mark.parametrize("kind", ["nf4", "nf4-double"])
+def test_a_merge_may_be_written_in_four_bits(
+    world: World, kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    where = ("--base", world.root / "nf4", "--device", "cpu")
+    assert run("merge", world.root / "dora", *where, "-o", tmp_path / "dense") == 0
+    capsys.readouterr()
+    assert run("merge", world.root / "dora", *where, "--to", kind, "-o", tmp_path / "codes") == 0
+    said = capsys.readouterr().out
+    made = record_of(tmp_path / "codes")["four_bit"]
+    assert f"{made['relative_error']:.1%} of their norm" in said
+    assert f"KL {made['logits']['kl']:.3g} nats" in said
+    dense, codes = read_tensors(tmp_path / "dense"), read_tensors(tmp_path / "codes")
+    error = norm = 0.0
+    for name, weight in dense.items():
+        if not name.removesuffix(".weight").endswith(LINEARS):
+            assert torch.equal(codes[name], weight)
+            continue
+        packed, state = bnb.quantize_4bit(weight, quant_type="nf4", compress_statistics=kind == "nf4-double")
+        wanted = state.as_dict(packed=True)
+        assert torch.equal(codes[name], packed)
+        assert {key.removeprefix(f"{name}.") for key in codes if key.startswith(f"{name}.")} == wanted.keys()
+        facts = json.loads(bytes(codes[f"{name}.quant_state.bitsandbytes__nf4"].tolist()))
+        assert facts == json.loads(bytes(wanted["quant_state.bitsandbytes__nf4"].tolist()))
+        for key in ("absmax", "quant_map", "nested_absmax", "nested_quant_map"):
+            if key in wanted and (kind == "nf4" or key != "absmax"):
+                assert torch.equal(codes[f"{name}.{key}"], wanted[key]), key
+        error += float((bnb.dequantize_4bit(packed, state) - weight).double().square().sum())
+        norm += float(weight.double().square().sum())
+    assert made["relative_error"] == pytest.approx((error / norm) ** 0.5, rel=1e-2)
+    assert made["differing"] == 0
+
+    model = load_quantized(tmp_path / "codes")
+    dense_model = load(tmp_path / "dense", llama(**SIZE))
+    assert type(model.model.layers[0].self_attn.q_proj).__name__ == "Linear4bit"
+    dense_model.load_state_dict(dequantized(tmp_path / "codes"), strict=False)
+    theirs, ours = logits(model, tokens(model)), logits(dense_model, tokens(model))
+    assert distance(ours, theirs) < 1e-5 * float(theirs.square().mean().sqrt())
+
+
+def test_four_bits_need_a_dtype_that_bitsandbytes_takes(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "codes"
+    where = ("--base", world.root / "dense", "-o", out, "--to", "nf4")
+    assert run("merge", world.root / "dora", *where, "--dtype", "float64") == 1
+    assert "--dtype bfloat16" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_uneven_number_of_values_fills_its_last_byte(tmp_path: Path) -> None:
+    """As bitsandbytes does it, where a matrix has an odd number of elements."""
+    sizes = {**SIZE, "hidden_size": 35, "intermediate_size": 45, "head_dim": 8}
+    sizes |= {"num_attention_heads": 5, "num_key_value_heads": 5}
+    model = llama(**sizes)
+    save(model, tmp_path / "dense", torch.bfloat16)
+    adapt(model, tmp_path / "adapter", target_modules=["q_proj"])
+    where = ("--base", tmp_path / "dense", "--device", "cpu")
+    assert run("merge", tmp_path / "adapter", *where, "--to", "nf4", "-o", tmp_path / "codes") == 0
+    name = "model.layers.0.mlp.up_proj.weight"
+    weight, codes = read_tensors(tmp_path / "dense")[name], read_tensors(tmp_path / "codes")
+    packed, state = bnb.quantize_4bit(weight, quant_type="nf4")
+    assert torch.equal(codes[name], packed)
+    assert torch.equal(codes[f"{name}.absmax"], state.absmax)
+
+
+def test_an_onnx_graph_may_be_made_of_the_dense_merge(world: World) -> None:
+    assert run("merge", world.root / "dora", "--base", world.root / "nf4", "--to", "onnx", "--dry-run") == 0
+
+
+def test_slots_need_a_dense_base(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    where = ("--base", world.root / "nf4", "--to", "onnx-adapters", "-o", tmp_path / "onnx")
+    assert run("merge", world.root / "lora", *where) == 1
+    assert "--to onnx" in capsys.readouterr().err

@@ -132,21 +132,21 @@ def _hqq(entry: TensorEntry, coding: HqqGroups, start: int, stop: int) -> Tensor
     return (codes - zero) * scale
 
 
-def _reader(entry: TensorEntry) -> Decoder:
-    """Ranges of any entry."""
+def open_values(entry: TensorEntry) -> Decoder:
+    """Ranges of the values of any entry, coded or not."""
     return open_decoder(entry) if entry.coding else lambda start, stop: read_range(entry, start, stop)
 
 
 def _transposed(entry: TensorEntry, coding: Transposed) -> Decoder:
     columns, rows = coding.source.shape
-    whole = _reader(coding.source)(0, rows * columns).view(columns, rows).T.flatten()
+    whole = open_values(coding.source)(0, rows * columns).view(columns, rows).T.flatten()
     return lambda start, stop: whole[start:stop]
 
 
 def _quantized_on_load(entry: TensorEntry, coding: QuantizedOnLoad) -> Decoder:
     quantization, source, width = coding.quantization, coding.source, coding.source.shape[-1]
 
-    read = _reader(source)
+    read = open_values(source)
 
     def stored(start: int, stop: int) -> Tensor:
         values = read(start, stop)

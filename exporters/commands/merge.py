@@ -12,7 +12,7 @@ from dora_serve.console import EXIT_FAILED, name_argument, path_argument, read_o
 from exporters.commands import push, slots
 from exporters.commands.shared import Commands, add_base_choice, add_reading_and_json, add_verification, show_progress
 
-EXPORTER_NAMES = ("safetensors", "onnx", "onnx-adapters")
+EXPORTER_NAMES = ("safetensors", "onnx", "onnx-adapters", "nf4", "nf4-double")
 DTYPE_NAMES = ("float32", "bfloat16", "float16", "float64")
 
 

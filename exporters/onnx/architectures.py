@@ -32,11 +32,13 @@ _HEAD_OUTPUTS = {
 _CAUSAL_ENDINGS = ("ForCausalLM", "LMHeadModel")
 
 
-def architecture_of(model_folder: Path) -> str:
+def architecture_of(model_folder: Path, *, becomes_dense: bool = False) -> str:
     """The class that config.json names, once it is known to be one that this exporter understands.
 
     Reads no weights and imports no model code. Raises CheckpointError without a usable config.json, UnavailableError
     for an architecture that has no graph here (state-space, detection, custom code, ...).
+
+    becomes_dense: whether a merge takes the quantization, if there is any, out of what is exported.
     """
     config = read_json(model_folder)
     if not config:
@@ -51,7 +53,7 @@ def architecture_of(model_folder: Path) -> str:
             f"{architecture} cannot be exported to ONNX: {reason}", remedy=remedy, architecture=architecture
         )
 
-    if "quantization_config" in config:
+    if "quantization_config" in config and not becomes_dense:
         raise refuse("its weights are quantized.", "Merge into the unquantized base model.")
     if architecture not in _known_architectures():
         raise refuse(
