@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from math import prod
 from pathlib import Path
@@ -206,12 +207,34 @@ def _scaling(module: str, config: Mapping[str, object], rank: int, options: Read
     return scale * (number(parameters, "alpha") / rank) if "alpha" in parameters else scale
 
 
+_UNREADABLE = (
+    *(OSError, ValueError, TypeError, KeyError, EOFError, MemoryError, SyntaxError, OverflowError, RuntimeError),
+    *(NotImplementedError, zipfile.BadZipFile, zlib.error),
+)
+"""What zipfile and numpy raise for archives that are damaged, encrypted or hostile."""
+
+_ROOM = 100 << 20
+
+
+def _require_no_bomb(file: Path) -> None:
+    """Raises AdapterError for an archive that would take far more memory than its size."""
+    with zipfile.ZipFile(file) as archive:
+        unpacked = sum(member.file_size for member in archive.infolist())
+    if unpacked > file.stat().st_size + _ROOM:
+        raise AdapterError(
+            f"{str(file)!r} unpacks to {unpacked:,} bytes, from {file.stat().st_size:,}.",
+            remedy="mlx-lm does not compress its arrays: save them as safetensors where they were made.",
+            path=str(file),
+        )
+
+
 def _open_npz(file: Path) -> Weights:
     """Arrays of a .npz; none of them is a pickle, which numpy is not allowed to read."""
     try:
+        _require_no_bomb(file)
         with np.load(file, allow_pickle=False) as arrays:
-            tensors = {name: torch.from_numpy(np.ascontiguousarray(arrays[name])) for name in arrays.files}
-    except (OSError, ValueError, TypeError, KeyError, EOFError, NotImplementedError, zipfile.BadZipFile) as error:
+            tensors = {name: torch.from_numpy(np.array(arrays[name])) for name in arrays.files}
+    except _UNREADABLE as error:
         raise AdapterError(
             f"{str(file)!r} cannot be read: {str(error).partition(chr(10))[0]}.",
             remedy="Copy it again, or save it as safetensors.",

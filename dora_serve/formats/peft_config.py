@@ -40,6 +40,12 @@ _BASE_CHANGING_INITS = ("pissa", "olora", "corda", "lora_ga", "loftq")
 """Initialisations that train on a residual of the base; once converted to plain LoRA the key is set to true."""
 
 
+_NESTED = re.compile(r"[*+}][^()]*\)[*+{]")
+"""A repeated group that ends in something repeated: matching may take longer than the sun lasts."""
+
+_LONGEST = 2000
+
+
 @dataclass(frozen=True)
 class PeftConfig:
     """The part of the configuration that decides what is merged. `raw` is all of it."""
@@ -156,6 +162,8 @@ def checked_config(raw: Mapping[str, object], path: Path) -> PeftConfig:
         for pattern, value in table.items():
             if not _is_number(value):
                 raise wrong(key, "an object of numbers")
+            if _NESTED.search(pattern) or len(pattern) > _LONGEST:
+                raise wrong(key, f"patterns that end: {pattern[:80]!r} repeats what repeats, or is too long")
             try:
                 re.compile(pattern)
             except re.error as error:
