@@ -44,6 +44,9 @@ def prepare(options: argparse.Namespace, progress: OnProgress) -> Shared:
     else:
         backend, examples = _engine(options, progress)
         given = given or examples
+    if options.onnx is not None:
+        backend, files = _with_onnx(backend, options, progress)
+        given = [*given, *files]
     for name, path in given:
         backend.load(name, path)
     cache = _cache()
@@ -120,6 +123,19 @@ def _engine(options: argparse.Namespace, progress: OnProgress) -> tuple[Backend,
             examples = [(path.name, str(path)) for path in sorted(EXAMPLES.iterdir()) if path.is_dir()]
     device = None if options.device == "auto" else options.device
     return EngineBackend(Engine.load(base, device=device, on_progress=progress), base), examples
+
+
+def _with_onnx(
+    backend: Backend, options: argparse.Namespace, progress: OnProgress
+) -> tuple[Backend, list[tuple[str, str]]]:
+    """The exported graph beside what there is, and the adapter files that lie in its folder."""
+    from app.onnx_backend import MARK, WithOnnx
+    from dora_serve.onnx_engine.engine import OnnxEngine
+
+    device = None if options.device == "auto" else options.device
+    engine = OnnxEngine.load(options.onnx, device=device, on_progress=progress)
+    files = sorted((options.onnx / "adapters").glob("*.onnx_adapter"))
+    return WithOnnx(backend, engine), [(f"{path.stem}{MARK}", str(path)) for path in files]
 
 
 def _cache() -> Path:

@@ -99,6 +99,12 @@ def _add_app(commands: Any) -> None:
     app.add_argument(
         "--adapter", type=_adapter, action="append", default=[], metavar="NAME=PATH", help="loaded from the start"
     )
+    app.add_argument(
+        "--onnx",
+        type=path_argument,
+        metavar="FOLDER",
+        help="also columns of an exported base (dora-export merge --to onnx-adapters), in ONNX Runtime",
+    )
     app.add_argument("--server", metavar="URL", help="decode on an OpenAI-compatible server, such as vLLM, not here")
     app.add_argument(
         "--folder", type=path_argument, action="append", default=[], help="adapters may be added from below it"
