@@ -11,7 +11,11 @@ stamp := $(VENV)/.complete
 # What the browser test drives comes from no package index: Debian's, where it is missing and we may install it.
 CHROMIUM = command -v chromium || command -v chromium-browser || command -v google-chrome
 
-.PHONY: venv demo test browser check fix bench clean
+# The example in another language, which has its packages from npm.
+NODE := examples/onnx-node
+node_stamp := $(NODE)/node_modules/.complete
+
+.PHONY: venv demo test browser node check fix bench clean
 
 venv: $(stamp)
 
@@ -32,13 +36,23 @@ demo: $(stamp) $(BASE)/config.json
 	$(bin)/dora-export merge examples/adapters/dates-dora --base $(BASE) --to onnx -o .cache/demo-onnx --overwrite
 
 # The base is made first, so that no two of the processes do; and each has one thread, since they share the cores.
-test: $(stamp) $(BASE)/config.json browser
+test: $(stamp) $(BASE)/config.json browser node
 	OMP_NUM_THREADS=1 $(bin)/python -m pytest $(PYTEST)
 
 browser:
 	@{ $(CHROMIUM); } >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
 		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium >/dev/null; } || \
 		{ echo 'The browser test needs Chromium: apt-get install chromium' >&2; exit 1; }
+
+node: $(node_stamp)
+
+# Its install script would fetch the GPU's libraries from elsewhere, so none is run.
+$(node_stamp): $(NODE)/package.json $(NODE)/package-lock.json
+	@command -v npm >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq nodejs npm >/dev/null; } || \
+		{ echo 'The example for Node needs npm: apt-get install nodejs npm' >&2; exit 1; }
+	cd $(NODE) && npm ci --ignore-scripts --no-audit --no-fund --silent
+	touch $@
 
 check: $(stamp)
 	$(bin)/ruff check

@@ -196,6 +196,7 @@ def export_onnx_adapters(given: ExportInput) -> Exported:
             "count": len(table.slots),
             "mixed_batches": table.mixed,
             "rank": table.rank,
+            "required_inputs": table.required,
             "base_sha256": table.fingerprint,
             "without": list(table.without),
         },

@@ -164,13 +164,21 @@ class Switch:
 
 
 class Inputs:
-    """One adapter for a whole run, its tensors fed as ordinary inputs: for runtimes without adapters of their own."""
+    """One adapter for a whole run, or the base, its tensors fed as ordinary inputs."""
 
-    def __init__(self, adapter: AdapterFile) -> None:
-        self._adapter = adapter
+    def __init__(self, table: SlotTable, adapter: AdapterFile | None = None) -> None:
+        self._tensors: dict[str, Array] = {}
+        dtype = np.dtype(table.dtype)
+        if table.required:
+            self._tensors[table.guard] = np.zeros(0, dtype)
+            for slot in table.slots.values():
+                self._tensors[slot.lora_A] = np.zeros((slot.in_features, table.rank or 0), dtype)
+                self._tensors[slot.lora_B] = np.zeros((table.rank or 0, slot.out_features), dtype)
+                self._tensors[slot.norm_scale] = np.ones(slot.out_features, dtype)
+        self._tensors |= {} if adapter is None else adapter.tensors
 
     def inputs(self, rows: int) -> Mapping[str, Array]:
-        return self._adapter.tensors
+        return self._tensors
 
     def options(self) -> None:
         return None
@@ -195,7 +203,7 @@ class Tables:
     def __init__(self, table: SlotTable) -> None:
         self._table = table
         self._held: list[AdapterFile | None] = [None]
-        self._rank = table.rank or 0
+        self._rank, self._slots = table.rank or 0, 1
         self._lock = threading.Lock()
         self._arrays: dict[str, Array] = {}
         self._make(1)
@@ -226,15 +234,17 @@ class Tables:
     def _put(self, slot: int, adapter: AdapterFile | None) -> None:
         self._held[slot] = adapter
         rank = max([self._table.rank or 0, *(one.rank for one in self._held if one is not None)])
-        capacity = len(next(iter(self._arrays.values())))
-        if len(self._held) > capacity or rank > self._rank:
+        if len(self._held) > self._slots or rank > self._rank:
             self._rank = rank
-            self._make(max(len(self._held), capacity if len(self._held) <= capacity else 2 * capacity))
+            self._make(self._slots if len(self._held) <= self._slots else 2 * self._slots)
         else:
             self._write(slot)
 
     def _make(self, slots: int) -> None:
         dtype = np.dtype(self._table.dtype)
+        self._slots = slots
+        if self._table.required:
+            self._arrays[self._table.guard] = np.zeros(0, dtype)
         for slot in self._table.slots.values():
             self._arrays[slot.lora_A] = np.zeros((slots, slot.in_features, self._rank), dtype)
             self._arrays[slot.lora_B] = np.zeros((slots, self._rank, slot.out_features), dtype)

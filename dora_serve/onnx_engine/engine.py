@@ -27,7 +27,7 @@ from dora_serve.engine.prompt_tokens import PromptTokens, context_of, end_tokens
 from dora_serve.engine.requests import Completion, Request
 from dora_serve.engine.sound import is_whole, require
 from dora_serve.errors import EngineError
-from dora_serve.onnx_engine.adapters import Feeding, Switch, TableRows, Tables
+from dora_serve.onnx_engine.adapters import Feeding, Inputs, Switch, TableRows, Tables
 from dora_serve.onnx_engine.cache import GroupedCache
 from dora_serve.onnx_engine.graph import MODEL_FILE, Graph
 from dora_serve.onnx_engine.pool import OnnxAdapter, OnnxPool
@@ -52,7 +52,8 @@ class OnnxEngine:
         self.folder, self.tokenizer, self.max_rows = folder, tokenizer, max_rows
         self._graph, self._lock = graph, threading.RLock()
         self._tables = Tables(graph.table) if graph.table is not None and graph.table.mixed else None
-        self._base = Switch()
+        required = graph.table is not None and graph.table.required
+        self._base: Feeding = Inputs(graph.table) if graph.table is not None and required else Switch()
         config = read_json(folder)
         text = config.get("text_config")
         self._prompts = PromptTokens(tokenizer, graph.vocabulary, context_of(text) or context_of(config))

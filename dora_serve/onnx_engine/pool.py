@@ -13,7 +13,7 @@ from typing import Any
 from dora_serve.engine.pool import BASE_NAME, AdapterInfo, LoadReport
 from dora_serve.engine.sound import require
 from dora_serve.errors import AdapterError, EngineError, UnavailableError
-from dora_serve.onnx_engine.adapters import AdapterFile, Switch, Tables, read_adapter_file
+from dora_serve.onnx_engine.adapters import AdapterFile, Feeding, Inputs, Switch, Tables, read_adapter_file
 from dora_serve.onnx_engine.slots import SlotTable
 
 _MADE_BY = "dora-export onnx-adapter ADAPTER --for EXPORTED_BASE"
@@ -27,7 +27,7 @@ class OnnxAdapter:
 
     name: str
     file: AdapterFile
-    switch: Switch | None
+    switch: Feeding | None
     slot: int
     report: LoadReport
     users: int = 0
@@ -52,7 +52,7 @@ class OnnxPool:
         table = self._require(name, replace)
         began = time.perf_counter()
         file = read_adapter_file(self._file(path), table)
-        switch = None if table.mixed else Switch(file)
+        switch: Feeding | None = None if table.mixed else Inputs(table, file) if table.required else Switch(file)
         with self._lock:
             self._require(name, replace)
             old = self._entries.get(name)

@@ -5,7 +5,8 @@
     module.norm_scale    (out,), ones for plain LoRA;          (slots, out)
     base_sha256.<hex>    empty: its name alone keeps an adapter of another base from being fed, in every language
 
-All are inputs with default values under which the graph is the base. For an embedding `in` is the vocabulary.
+All are inputs with default values under which the graph is the base, or without (`SlotTable.required`) for runtimes
+that cannot feed an input that has one, such as onnxruntime-node. For an embedding `in` is the vocabulary.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ class SlotTable:
 
     dtype: of the tensors, as numpy calls it. mixed: whether they carry a slot dimension and rows choose by
     `adapter_ids`. rank: of every slot where it is fixed, None where each adapter brings its own. fingerprint: of the
-    graph's weights. without: layers that an adapter could change and that have no slot.
+    graph's weights. required: whether the tensors have no default values, so
+    that every run is given all of them. without: layers that an adapter could change and that have no slot.
     """
 
     slots: Mapping[str, Slot]
@@ -57,6 +59,7 @@ class SlotTable:
     dtype: str = "float32"
     mixed: bool = False
     rank: int | None = None
+    required: bool = False
     without: tuple[str, ...] = ()
 
     @property
@@ -70,6 +73,7 @@ class SlotTable:
                 "version": _VERSION,
                 "mixed": self.mixed,
                 "rank": self.rank,
+                "required": self.required,
                 "dtype": self.dtype,
                 "base_sha256": self.fingerprint,
                 "slots": {
@@ -92,6 +96,7 @@ class SlotTable:
                 dtype=str(table["dtype"]),
                 mixed=bool(table["mixed"]),
                 rank=table["rank"],
+                required=bool(table["required"]),
                 without=tuple(table["without"]),
             )
         except (KeyError, TypeError, AttributeError) as error:

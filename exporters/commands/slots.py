@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from exporters.onnx_adapters.options import SlotOptions
 
-_FLAGS = {"slots": "--slots", "mixed_batches": "--mixed-batches", "slot_rank": "--slot-rank"}
+_FLAGS = ("slots", "mixed_batches", "slot_rank", "slot_inputs")
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -22,21 +22,26 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--mixed-batches", action="store_true", help="let each row of a batch choose its adapter, by adapter_ids"
     )
     group.add_argument(
+        "--slot-inputs",
+        action="store_true",
+        help="tensors without default values, for runtimes that feed no input that has one (onnxruntime-node)",
+    )
+    group.add_argument(
         "--slot-rank", type=_rank, metavar="N", help="fix the rank of every slot; default: each adapter's own"
     )
 
 
 def misused(options: argparse.Namespace) -> str | None:
-    given = [flag for name, flag in _FLAGS.items() if getattr(options, name)]
+    given = [name for name in _FLAGS if getattr(options, name)]
     if given and options.to != "onnx-adapters":
-        return f"{given[0]} says how to export with --to onnx-adapters"
+        return f"--{given[0].replace('_', '-')} says how to export with --to onnx-adapters"
     return None
 
 
 def slot_options(options: argparse.Namespace) -> SlotOptions:
     from exporters.onnx_adapters.options import SlotOptions
 
-    return SlotOptions(options.slots or "layers", options.mixed_batches, options.slot_rank)
+    return SlotOptions(options.slots or "layers", options.mixed_batches, options.slot_rank, options.slot_inputs)
 
 
 def _rank(text: str) -> int:

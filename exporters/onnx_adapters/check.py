@@ -151,7 +151,7 @@ def _tolerance(wanted: Sequence[torch.Tensor], moved: Sequence[torch.Tensor]) ->
 def _on(table: SlotTable, adapter: AdapterFile | None, *, as_inputs: bool = False) -> Feeding:
     if table.mixed:
         return OneSlot(table, adapter)
-    return Inputs(adapter) if as_inputs and adapter is not None else Switch(adapter)
+    return Inputs(table, adapter) if as_inputs or table.required else Switch(adapter)
 
 
 def _without_magnitude(file: AdapterFile) -> AdapterFile:

@@ -102,7 +102,7 @@ def put_slots(graph: Path, adapter: Adapter | None, options: SlotOptions) -> Slo
         everywhere = options.which == "all" or (options.which == "layers" and linear.is_layer)
         return everywhere or linear.module in named
 
-    table = insert_slots(model, wanted, mixed=options.mixed, rank=options.rank)
+    table = insert_slots(model, wanted, options)
     _save_graph(model, graph)
     return table
 

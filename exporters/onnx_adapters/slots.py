@@ -16,27 +16,26 @@ import numpy as np
 from dora_serve.errors import UnavailableError
 from dora_serve.onnx_engine.slots import ADAPTER_IDS, METADATA_KEY, Slot, SlotTable
 from exporters.onnx_adapters.linears import Linear, find_linears
+from exporters.onnx_adapters.options import SlotOptions
 from exporters.onnx_adapters.weights import fingerprint
 
 if TYPE_CHECKING:
     import onnx_ir
 
 
-def insert_slots(
-    model: onnx_ir.Model, wanted: Callable[[Linear], bool], *, mixed: bool = False, rank: int | None = None
-) -> SlotTable:
+def insert_slots(model: onnx_ir.Model, wanted: Callable[[Linear], bool], options: SlotOptions) -> SlotTable:
     """Put slots on the layers that `wanted` chooses, in place; the table that was also written into the metadata.
 
-    mixed: tensors with a slot dimension, from which each row of the batch takes what `adapter_ids` (batch,) says; slot
-    0 is the base by default. Embeddings get no slots then: their tables are as long as the vocabulary. rank: fixed for
-    all slots, for runtimes that want static shapes; None leaves it to each adapter.
+    options.mixed: tensors with a slot dimension, from which each row of the batch takes what `adapter_ids` (batch,)
+    says; slot 0 is the base by default. Embeddings get no slots then: their tables are as long as the vocabulary.
+    options.rank: for runtimes that want static shapes.
 
     Raises UnavailableError where the graph has slots already, no layer that can have one, or no batch dimension.
     """
     if METADATA_KEY in model.metadata_props:
         raise UnavailableError("This graph has adapter slots already.", remedy="Use it as it is.")
     linears = find_linears(model)
-    chosen = [one for one in linears.values() if wanted(one) and not (mixed and one.kind == "embedding")]
+    chosen = [one for one in linears.values() if wanted(one) and not (options.mixed and one.kind == "embedding")]
     if not chosen:
         raise UnavailableError(
             "No layer of this graph can have an adapter slot.",
@@ -46,8 +45,9 @@ def insert_slots(
         slots={one.module: Slot(one.module, one.kind, one.in_features, one.out_features) for one in chosen},
         fingerprint=fingerprint(model),
         dtype=_dtype(chosen).numpy().name,
-        mixed=mixed,
-        rank=rank,
+        mixed=options.mixed,
+        rank=options.rank,
+        required=options.required,
         without=tuple(sorted(linears.keys() - {one.module for one in chosen})),
     )
     surgery = _Surgery(model, table)
@@ -95,8 +95,10 @@ class _Surgery:
         self._constants: dict[str, onnx_ir.Value] = {}
 
     def declare(self, name: str, shape: Sequence[int | str], default: tuple[int, ...], fill: float) -> onnx_ir.Value:
-        """An input with a default value."""
+        """An input with a default value, unless the graph's have none."""
         value = self._input(name, shape, self._dtype)
+        if self._table.required:
+            return value
         values = np.full(default, fill, dtype=self._dtype.numpy())
         value.const_value = self._ir.tensor(values, dtype=self._dtype, name=name)
         self._graph.register_initializer(value)
