@@ -160,7 +160,7 @@ def export_four_bit_folder(given: ExportInput, *, double: bool) -> Exported:
 def _check_slots(plan: MergePlan, options: ExportOptions) -> None:
     from exporters.onnx.architectures import architecture_of
     from exporters.onnx.loading import require
-    from exporters.onnx_adapters.export import require_servable
+    from exporters.onnx_adapters.export import require_one_graph, require_servable
 
     require("onnx", "onnxscript", "onnxruntime", "transformers")
     if plan.base.quantization is not None:
@@ -171,7 +171,7 @@ def _check_slots(plan: MergePlan, options: ExportOptions) -> None:
             path=str(plan.base.folder),
         )
     require_servable(plan.adapter, options.slots)
-    architecture_of(plan.base.folder)
+    require_one_graph(architecture_of(plan.base.folder))
 
 
 def export_onnx_adapters(given: ExportInput) -> Exported:

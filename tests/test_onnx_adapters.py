@@ -22,14 +22,14 @@ from onnx.external_data_helper import load_external_data_for_model
 from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 from safetensors.torch import load_file, save_file
 
-from dora_serve.errors import AdapterError, CheckpointError, PlanError
+from dora_serve.errors import AdapterError, CheckpointError, PlanError, UnavailableError
 from dora_serve.formats import read_adapter
 from dora_serve.onnx_engine.adapters import Tables, read_adapter_file
 from exporters.onnx.export import export_onnx
 from exporters.onnx.saving import MODEL_FILE
 from exporters.onnx_adapters.adapter_file import SlottedBase, open_slotted, write_adapter
 from exporters.onnx_adapters.check import check_swap
-from exporters.onnx_adapters.export import put_slots
+from exporters.onnx_adapters.export import put_slots, require_one_graph
 from exporters.onnx_adapters.options import SlotOptions, Which
 from exporters.onnx_adapters.weights import weight_blocks
 from tests.cases import adapt, merge_to, rewrite_tensors, vary
@@ -478,3 +478,9 @@ def test_a_magnitude_over_a_row_of_zeros(swaps: Callable[[str], Swap], tmp_path:
     with pytest.raises((PlanError, AdapterError)):
         write_adapter(read_adapter(folder), swap.base, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("architecture", ["T5ForConditionalGeneration", "LlavaForConditionalGeneration"])
+def test_a_model_of_several_graphs_is_refused_by_name(architecture: str) -> None:
+    with pytest.raises(UnavailableError, match=f"{architecture} is exported as several graphs"):
+        require_one_graph(architecture)

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING
 
 from dora_serve.adapter import Adapter
 from dora_serve.checkpoint import side_files
-from dora_serve.errors import PlanError, Problem
+from dora_serve.errors import PlanError, Problem, UnavailableError
 from dora_serve.formats import ReadOptions, read_adapter
 from dora_serve.hub import locate
 from dora_serve.onnx_engine.slots import SlotTable
 from dora_serve.output import new_file
 from dora_serve.progress import OnProgress, Progress, ignore_progress
+from exporters.onnx.architectures import architecture_of, kind_of
 from exporters.onnx.export import OnnxExport, export_onnx
 from exporters.onnx.options import OnnxOptions
 from exporters.onnx_adapters.adapter_file import SlottedBase, WrittenAdapter, open_slotted, write_adapter
@@ -60,6 +61,17 @@ def require_servable(adapter: Adapter, options: SlotOptions) -> None:
         )
 
 
+def require_one_graph(architecture: str) -> None:
+    """Raise UnavailableError for a model that is exported as several graphs: an adapter file fits one."""
+    kind = kind_of(architecture)
+    if kind not in ("decoder", "plain"):
+        raise UnavailableError(
+            f"{architecture} is exported as several graphs ({kind}), and an adapter file fits one graph.",
+            remedy="Merge the adapter instead: dora-export merge ADAPTER --to onnx.",
+            architecture=architecture,
+        )
+
+
 def export_slotted(
     base_folder: Path,
     out: Path,
@@ -79,6 +91,7 @@ def export_slotted(
     def say(stage: str) -> None:
         on_progress(Progress(stage, 0, None, ""))
 
+    require_one_graph(architecture_of(base_folder))
     exported = export_onnx(base_folder, out, onnx, metadata=metadata, on_progress=say)
     for relative in side_files(base_folder):
         (out / relative).parent.mkdir(parents=True, exist_ok=True)
