@@ -144,8 +144,8 @@ def print_error(program: str, error: DoraServeError, *, as_json: bool, indent: i
 
 
 FORMAT_NAMES = (
-    *("torchtune", "peft", "nvlabs", "mlx", "ai-toolkit", "onetrainer", "lycoris", "diffusers", "fsdp-qlora"),
-    *("dynamic", "megatron", "tensorrt-llm", "adalora", "bayesian"),
+    *("torchtune", "peft", "nvlabs", "mlx", "adalora", "dynamic", "tensorrt-llm", "bayesian", "fsdp-qlora"),
+    *("megatron", "ai-toolkit", "diffusers", "onetrainer", "lycoris"),
 )
 """Those of `dora_serve.formats`, which is not imported before a command runs."""
 

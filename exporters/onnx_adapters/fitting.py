@@ -168,6 +168,8 @@ def unservable(adapter: Adapter) -> Iterator[Problem]:
             yield Problem(weights.module, "a magnitude for each input", "one for each output", _MERGE)
         if weights.magnitude is not None and weights.norm.scales_bias:
             yield Problem(weights.module, "a magnitude that scales the bias too", "one of W x alone", _MERGE)
+        if adapter.keeps_ties and weights.kind == "embedding":
+            yield Problem(weights.module, "an update shared with what is tied to it", "one of this layer", _MERGE)
         if weights.lora_bias is not None:
             yield Problem(weights.module, "a trained bias (lora_B.bias)", _WANTED, _MERGE)
         if weights.kind == "conv":
