@@ -1,4 +1,4 @@
-"""The Export tab: merge a loaded adapter into its base, see the proof, take the result away.
+"""The Export tab: merge a loaded adapter into its base, see the proof, take the result away or publish it.
 
 The one part of the app that stands on the exporters; everything else stands on the engine.
 """
@@ -18,6 +18,10 @@ MOST_ZIPPED = 4 << 30
 
 ABOUT = """<div class="ds-hint">Folds the adapter into dense weights, proves that the result is the unmerged model
 (every tensor, and the logits), and writes it: what <code>dora-export merge</code> does. Nothing that fails is
+kept.</div>"""
+
+PUBLISH = """<div class="ds-hint">Sends what was exported above to the Hub, with a model card that holds its proof: what
+<code>dora-export push</code> does. The token goes to the Hub and nowhere else: it is neither shown, logged nor
 kept.</div>"""
 
 
@@ -58,8 +62,84 @@ def add_export_tab(shared: Shared) -> Any:
         said = render.message(f"Exported to {out} on the machine that serves this page.", good=True)
         return said, f'<pre class="ds-report">{escape(text)}</pre>', button
 
-    merge.click(export, [chosen, to], [said, report, download], api_name="export", concurrency_limit=1)
+    # One at a time, and none while a push reads the folder that it would replace.
+    merge.click(
+        export, [chosen, to], [said, report, download], api_name="export", concurrency_limit=1, concurrency_id="export"
+    )
+    _add_push(shared, chosen, to)
     return chosen
+
+
+def _add_push(shared: Shared, chosen: Any, to: Any) -> None:
+    """The part that publishes the export of the chosen adapter."""
+    import gradio as gr
+
+    with gr.Accordion("Publish on the Hub", open=False, elem_id="ds-publish"):
+        gr.HTML(PUBLISH)
+        with gr.Row(equal_height=True):
+            repo_id = gr.Textbox(label="Repository", placeholder="user/name", scale=2, elem_id="ds-repo")
+            token = gr.Textbox(label="Token that may write", type="password", scale=2, elem_id="ds-token")
+            public = gr.Checkbox(False, label="Public", scale=1, min_width=100)
+            publish = gr.Button("Publish", scale=1, min_width=150, elem_id="ds-push")
+        said = gr.HTML("", elem_id="ds-push-said")
+
+    def push(
+        name: str | None,
+        exporter: str,
+        repo_id: str,
+        token: str,
+        public: bool = False,
+        progress: gr.Progress = gr.Progress(),  # noqa: B008
+    ) -> tuple[str, str]:
+        """Publish what /export made of this adapter; returns what to say, and nothing in place of the token."""
+
+        def show(now: Progress) -> None:
+            progress((now.done, now.total), desc=now.stage, unit=now.unit)
+
+        token = (token or "").strip()
+        try:
+            return _push(shared, name, exporter, (repo_id or "").strip(), token, public, show), ""
+        except DoraServeError as error:
+            # The family's messages hold no token; this is for what a server may have said.
+            text = str(error).replace(token, "***") if token else str(error)
+            return render.message(f"Not published. {text}"), ""
+
+    publish.click(
+        push,
+        [chosen, to, repo_id, token, public],
+        [said, token],
+        api_name="push",
+        concurrency_limit=1,
+        concurrency_id="export",
+    )
+
+
+def _push(shared: Shared, name: str | None, exporter: str, repo_id: str, token: str, public: bool, show: Any) -> str:
+    """What to say of a push that was done. Raises DoraServeError for whatever stops it."""
+    from exporters.hub import push
+    from exporters.push_plan import PushRequest
+
+    if not name:
+        raise DoraServeError("No adapter is chosen.", remedy="Choose one of those that are loaded.")
+    if not token:
+        # Never the token of the machine that serves the page: whoever sees the page may press the button.
+        raise DoraServeError(
+            "No token is given.", remedy="Make one that may write at https://huggingface.co/settings/tokens."
+        )
+    folder = _folder(shared, name, exporter)
+    if not folder.is_dir():
+        raise DoraServeError(f"{name!r} is not exported to {exporter} yet.", remedy="Merge and verify it first.")
+    done = push(PushRequest(folder, repo_id, public=public, token=token), show)
+    seen = "private" if done.plan.private else "public"
+    sent = len(done.plan.to_send)
+    notes = "".join(f" Note: {note}" for note in done.plan.notes)
+    said = render.message(f"Published ({seen}): {sent} files sent, commit {done.commit[:12]}.{notes}", good=True)
+    return f'{said}<p><a href="{escape(done.url)}" target="_blank" rel="noopener">{escape(done.url)}</a></p>'
+
+
+def _folder(shared: Shared, name: str, exporter: str) -> Path:
+    """Where the export of an adapter lies."""
+    return shared.uploads.parent / "exports" / f"{Path(name).name}-{exporter}"
 
 
 def _export(shared: Shared, name: str, exporter: str, show: Any) -> tuple[Path, str]:
@@ -68,7 +148,7 @@ def _export(shared: Shared, name: str, exporter: str, show: Any) -> tuple[Path, 
     from exporters.report import export_text
 
     adapter, base = shared.backend.paths(name)
-    out = shared.uploads.parent / "exports" / f"{Path(name).name}-{exporter}"
+    out = _folder(shared, name, exporter)
     out.parent.mkdir(parents=True, exist_ok=True)
     made = run_export(ExportRequest(adapter=adapter, base=base, out=out, to=exporter, overwrite=True), show)
     return out, export_text(made)

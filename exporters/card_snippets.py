@@ -12,6 +12,7 @@ _TEXT_TASKS: Mapping[str, str] = {
     "token-classification": "Ada Lovelace lived in London.",
     "feature-extraction": "Some text.",
 }
+_PLAIN_INPUTS = ({"input_ids", "attention_mask"}, {"input_ids", "attention_mask", "token_type_ids"})
 _NUMPY_TYPES = '{"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}'
 
 
@@ -123,8 +124,8 @@ folder = snapshot_download({published.quoted}, local_dir="{name}")
 session = onnxruntime.InferenceSession(f"{{folder}}/{published.graphs[0]}")
 """
     cached = any(name.startswith("past_key_values") for name in published.onnx_inputs)
-    extra = {*published.onnx_inputs} - {"input_ids", "attention_mask", "position_ids", "token_type_ids"}
-    if cached and published.has_tokenizer and all(name.startswith("past_key_values") for name in extra):
+    others = {name for name in published.onnx_inputs if not name.startswith("past_key_values.")}
+    if cached and published.has_tokenizer and others == {"input_ids", "attention_mask", "position_ids"}:
         tokenize = f"""from transformers import AutoTokenizer
 {fetch}
 tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -149,11 +150,12 @@ while len(answer) < 40 and tokenizer.eos_token_id not in answer:
     ids = np.array([answer[-1:]])
 print(tokenizer.decode(answer, skip_special_tokens=True))"""
         return {"ONNX Runtime": head + tokenize}
-    if published.onnx_inputs and published.has_tokenizer and not extra:
+    if not cached and published.has_tokenizer and others in _PLAIN_INPUTS:
         tokenize = f"""from transformers import AutoTokenizer
 {fetch}
 tokenizer = AutoTokenizer.from_pretrained(folder)
 tokens = tokenizer("Some text.", return_tensors="np")
+tokens = {{"token_type_ids": np.zeros_like(tokens["input_ids"]), **tokens}}
 given = {{entry.name: np.asarray(tokens[entry.name], np.int64) for entry in session.get_inputs()}}
 for output, value in zip(session.get_outputs(), session.run(None, given)):
     print(output.name, value.shape)"""

@@ -6,12 +6,15 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from dora_serve.errors import VerificationError
+from exporters.report import export_text
 from tests.fake_hub import FakeHub
 from tests.hub_cases import TOKEN, Desk, Inputs, contents, desk, environment_of, hub, inputs, merged, warm
 
@@ -296,3 +299,33 @@ def test_what_the_hub_refuses_is_said(hub: FakeHub, desk: Desk, inputs: Inputs) 
     hub.repositories["anna/adapter"].gated = True
     assert "accepted its terms" in desk.error("inspect", "anna/adapter")
     assert "has no model 'anna/absent'" in desk.error("inspect", "anna/absent")
+
+
+# Verification that fails
+
+
+def test_merge_pushes_what_failed_only_with_the_word(
+    hub: FakeHub, desk: Desk, inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In this process, since the fault is planted in the merge; so the push that follows is the command's."""
+    from exporters.pipeline import ExportRequest, run_export
+
+    monkeypatch.setattr("dora_serve.merge.norm_scale", lambda magnitude, norms: torch.ones_like(norms))
+    out = tmp_path / "out"
+    request = ExportRequest(str(inputs.adapter), str(inputs.base), out)
+    with pytest.raises(VerificationError):
+        run_export(request)
+    assert not out.exists()
+    export = run_export(replace(request, unproven=True))
+    assert export.failures
+    assert "FAILED" in export_text(export)
+    assert json.loads((out / "dora_export.json").read_text())["failures"] == list(export.failures)
+    assert "failed its verification" in desk.error("push", out, "anna/dora")
+    assert not hub.requests
+    assert (
+        "NOT PROVEN: this export failed its verification" in desk.run("push", out, "anna/dora", "--unverified").output
+    )
+    card = hub.files("anna/dora")["README.md"].decode()
+    assert "**This failed its verification**, and was published all the same" in card
+    assert "magnitude" in card
+    assert desk.json("verify", "anna/dora")["recorded_proof"] == "failed"
