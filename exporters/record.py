@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -137,6 +138,23 @@ def adapter_record(
         "files": dict(output_hashes),
         "onnx_adapter": asdict(written),
     }
+
+
+def add_to_record(folder: Path, values: Mapping[str, object], file: Path, facts: Mapping[str, object]) -> None:
+    """Let the record of a folder, which is `values`, also tell of a file that was added: among its files, and whole under
+    `added`. facts: of `adapter_record`.
+    """
+    name = file.relative_to(folder).as_posix()
+    files, added = values.get("files"), values.get("added")
+    hashes = facts["files"]
+    assert isinstance(files, dict)
+    assert isinstance(hashes, dict)
+    entry = {"bytes": file.stat().st_size, "sha256": hashes[file.name]}
+    others = {key: value for key, value in added.items() if key != name} if isinstance(added, dict) else {}
+    fresh = folder / f".{RECORD_NAME}.new"
+    changed = {**values, "files": {**files, name: entry}, "added": {**others, name: dict(facts)}}
+    fresh.write_text(json.dumps(changed, indent=2) + "\n", encoding="utf-8")
+    os.replace(fresh, folder / RECORD_NAME)
 
 
 def write_record(folder: Path, values: Mapping[str, object]) -> None:

@@ -69,13 +69,21 @@ def test_another_adapter_comes_later_without_a_model(
         raise AssertionError("a model was loaded")
 
     monkeypatch.setattr(transformers.PreTrainedModel, "from_pretrained", no_model)
-    before = {path: path.stat().st_mtime_ns for path in (world / "out").rglob("*") if path.is_file()}
+    kept = [path for path in (world / "out").rglob("*") if path.is_file() and path.name != "dora_export.json"]
+    before = {path: path.stat().st_mtime_ns for path in kept}
     assert main(["onnx-adapter", *at(world, "style", "--for", "out"), "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     file = world / "out" / "adapters" / "style.onnx_adapter"
     assert said["out"] == str(file)
-    record = read(file.with_name("style.onnx_adapter.json"))
-    assert record["files"] == {"style.onnx_adapter": sha256(file)}
+    whole = read(world / "out" / "dora_export.json")
+    assert whole["files"]["adapters/style.onnx_adapter"] == {"bytes": file.stat().st_size, "sha256": sha256(file)}
+    record = whole["added"]["adapters/style.onnx_adapter"]
+    assert main(["verify", str(world / "out")]) == 0  # every file against its hash
+    elsewhere = world / "elsewhere.onnx_adapter"
+    assert main(["onnx-adapter", *at(world, "style", "--for", "out"), "-o", str(elsewhere)]) == 0
+    assert sha256(elsewhere) == sha256(file)
+    assert read(world / "elsewhere.onnx_adapter.json")["files"] == {"elsewhere.onnx_adapter": sha256(file)}
+    capsys.readouterr()
     assert record["adapter"]["sha256"]["adapter_model.safetensors"] == sha256(
         world / "style" / "adapter_model.safetensors"
     )

@@ -18,6 +18,7 @@ from dora_serve.hub import locate
 from dora_serve.onnx_engine.slots import SlotTable
 from dora_serve.output import new_file
 from dora_serve.progress import OnProgress, Progress, ignore_progress
+from exporters.manifest import read_record
 from exporters.onnx.architectures import architecture_of, kind_of
 from exporters.onnx.export import OnnxExport, export_onnx
 from exporters.onnx.options import OnnxOptions
@@ -27,7 +28,7 @@ from exporters.onnx_adapters.linears import Linear, find_linears
 from exporters.onnx_adapters.naming import ADAPTERS, SUFFIX, file_stem
 from exporters.onnx_adapters.options import SlotOptions
 from exporters.onnx_adapters.slots import insert_slots
-from exporters.record import adapter_record, hash_files
+from exporters.record import adapter_record, add_to_record, hash_files
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -140,7 +141,8 @@ def add_adapter(
     on_progress: OnProgress = ignore_progress,
 ) -> tuple[Path, WrittenAdapter, Mapping[str, object]]:
     """Another adapter for a base that was exported before: `out`, by default `adapters/<name>.onnx_adapter` of its
-    folder, and beside it `<out>.json`, which says what it was made of and is returned as well.
+    folder. What it was made of is returned, and goes into the folder's dora_export.json; for a file elsewhere, into
+    `<out>.json` beside it.
 
     spec: the adapter, a folder or a Hub id, in any format that is read.
 
@@ -152,9 +154,15 @@ def add_adapter(
     located = locate(spec, what="adapter", on_progress=on_progress)
     adapter = read_adapter(located.path, read)
     target = out or base.path.parent / ADAPTERS / f"{file_stem(spec)}{SUFFIX}"
+    target, folder = Path(os.path.abspath(target.expanduser())), Path(os.path.abspath(base.path.parent))
+    record = read_record(folder) if folder in target.parents else None
+    beside = (f"{target.name}.json",) if record is None else ()
     inputs = (base.path, *adapter.files)
-    with new_file(target, overwrite=overwrite, inputs=inputs, beside=(f"{target.name}.json",)) as fresh:
+    with new_file(target, overwrite=overwrite, inputs=inputs, beside=beside) as fresh:
         written = write_adapter(adapter, base, fresh, on_progress)
         facts = adapter_record(located, adapter, command, hash_files(adapter.files), written, hash_files([fresh]))
-        fresh.with_name(f"{fresh.name}.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        for name in beside:
+            fresh.with_name(name).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    if record is not None:
+        add_to_record(folder, record, target, facts)
     return target, written, facts
