@@ -141,7 +141,7 @@ def adapter_record(
 
 
 def add_to_record(folder: Path, values: Mapping[str, object], file: Path, facts: Mapping[str, object]) -> None:
-    """Let the record of a folder, which is `values`, also tell of a file that was added: among its files, and whole under
+    """Let the record of a folder, which is `values`, also tell of a file that was added: among its files, and whole in
     `added`. facts: of `adapter_record`.
     """
     name = file.relative_to(folder).as_posix()
