@@ -6,7 +6,8 @@ Nothing in a file says so, and a base with rows of length 1 looks the same both 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 import torch
 
@@ -18,7 +19,7 @@ from dora_serve.safetensors_file import TensorEntry
 NEAR = 0.2
 """Training moves magnitudes by some per cent: what is closer to 1 than this may be a quotient."""
 
-_SAMPLED_EDITS, _SAMPLED_ROWS = 8, 64
+SAMPLED, _SAMPLED_ROWS = 8, 64
 
 
 def require_norms(tensors: Iterable[TensorPlan]) -> None:
@@ -32,13 +33,18 @@ def require_norms(tensors: Iterable[TensorPlan]) -> None:
         for edit in tensor.loras
         if edit.magnitude is not None and edit.is_paper and not edit.region.transposed
     ]
-    medians = [_median(edit) for _, edit in edits]
-    if not edits or sum(abs(median - 1) < NEAR for median in medians) < 0.9 * len(edits):
+    sampled = edits[:: max(1, len(edits) // SAMPLED)]
+    require_plausible([(_median(edit), partial(_norm, tensor, edit)) for tensor, edit in sampled])
+
+
+def require_plausible(sampled: Sequence[tuple[float, Callable[[], float]]]) -> None:
+    """The same of some modules, each by the medians of its magnitudes and of its rows' lengths, the latter taken only
+    where the former are all near 1."""
+    if not sampled or any(abs(magnitude - 1) >= NEAR for magnitude, _ in sampled):
         return
-    step = max(1, len(edits) // _SAMPLED_EDITS)
-    sampled = edits[::step]
-    norms = [_norm(tensor, edit) for tensor, edit in sampled]
-    far = [norm for norm, (_, edit) in zip(norms, sampled, strict=True) if abs(_median(edit) / norm - 1) > NEAR]
+    medians = [magnitude for magnitude, _ in sampled]
+    norms = [norm() for _, norm in sampled]
+    far = [norm for magnitude, norm in zip(medians, norms, strict=True) if not abs(magnitude / norm - 1) <= NEAR]
     if 2 * len(far) <= len(sampled):
         return
     raise AdapterError(
