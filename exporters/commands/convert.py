@@ -9,13 +9,18 @@ from contextlib import ExitStack
 from dora_serve.console import device_argument, name_argument, path_argument, read_options
 from exporters.commands.shared import Commands, add_reading_and_json, show_progress
 
-TARGET_NAMES = ("peft", "mlx", "kohya", "lora")
+TARGET_NAMES = ("peft", "mlx", "kohya", "vllm", "lora")
 
 
 def add(commands: Commands) -> None:
     parser = commands.add_parser("convert", help="write an adapter in another format, or as the nearest plain LoRA")
     parser.add_argument("adapter", type=name_argument, metavar="ADAPTER", help="folder, file or Hub id")
-    parser.add_argument("--to", choices=TARGET_NAMES, required=True, help="lora: a plain LoRA, and what it loses")
+    parser.add_argument(
+        "--to",
+        choices=TARGET_NAMES,
+        required=True,
+        help="vllm: peft with norm scales; lora: a plain LoRA, and what it loses",
+    )
     parser.add_argument("--rank", type=rank_argument, metavar="R", help="of --to lora")
     parser.add_argument("--base", type=name_argument, help="folder or Hub id; needed where only it tells what is meant")
     parser.add_argument("-o", "--out", type=path_argument, metavar="OUT", help="the folder to make")

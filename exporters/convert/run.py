@@ -20,10 +20,15 @@ from exporters.convert.meaning import Plain, needs_base, plain, require_single_c
 from exporters.convert.to_kohya import to_kohya
 from exporters.convert.to_mlx import to_mlx
 from exporters.convert.to_peft import to_peft
+from exporters.convert.to_vllm import to_vllm
 from exporters.convert.written import Written, write
 
 TARGETS: Mapping[str, Callable[[Plain, str | None], Written]] = {"peft": to_peft, "mlx": to_mlx, "kohya": to_kohya}
-LORA = "lora"
+LORA, VLLM = "lora", "vllm"
+_WHY_BASE = {
+    LORA: "the error is measured on the base's weights",
+    VLLM: "norm scales are those of the adapter on one base",
+}
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,7 @@ def convert(request: ConvertRequest, on_progress: OnProgress = ignore_progress) 
     found = locate(request.adapter, what="adapter", on_progress=on_progress)
     adapter = read_adapter(found.path, request.read)
     require_single_component(adapter)
-    why = "the error is measured on the base's weights" if request.to == LORA else needs_base(adapter)
+    why = _WHY_BASE.get(request.to) or needs_base(adapter)
     plan = _plan(request, adapter, why, on_progress)
     sources = (found.path, plan.base.folder) if plan is not None else (found.path,)
     if request.to == LORA:
@@ -72,7 +77,11 @@ def convert(request: ConvertRequest, on_progress: OnProgress = ignore_progress) 
         notes = (*adapter.notes, *near.given.notes, *written.notes)
         return Conversion(adapter, request.to, written, notes, sources, near)
     given = plain(adapter, plan)
-    written = TARGETS[request.to](given, request.base)
+    if request.to == VLLM:
+        assert plan is not None
+        written = to_vllm(given, request.base, open_checkpoint(plan.base.folder), on_progress)
+    else:
+        written = TARGETS[request.to](given, request.base)
     return Conversion(adapter, request.to, written, (*adapter.notes, *given.notes, *written.notes), sources)
 
 

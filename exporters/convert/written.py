@@ -11,17 +11,20 @@ from torch import Tensor
 
 from dora_serve.adapter import LoraWeights
 from dora_serve.errors import UnmergeableError
+from dora_serve.norm_scale_file import NormScales, write_norm_scales
 
 
 @dataclass(frozen=True)
 class Written:
-    """file: the tensors' name. config: by the name of a JSON file. notes: what its readers do with it."""
+    """file: the tensors' name. config: by the name of a JSON file. notes: what its readers do with it. norm_scales: of
+    a DoRA for vLLM, by module, and of which base."""
 
     file: str
     tensors: Mapping[str, Tensor]
     metadata: Mapping[str, str] = field(default_factory=dict)
     config: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    norm_scales: NormScales | None = None
 
 
 def write(written: Written, folder: Path) -> None:
@@ -31,6 +34,8 @@ def write(written: Written, folder: Path) -> None:
     save_file(dict(written.tensors), folder / written.file, dict(written.metadata) or None)
     for name, table in written.config.items():
         (folder / name).write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+    if written.norm_scales is not None:
+        write_norm_scales(folder, written.norm_scales.scales, written.norm_scales.base)
 
 
 def refuse(target: str, problems: list[str]) -> None:

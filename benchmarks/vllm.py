@@ -1,0 +1,213 @@
+"""vLLM with the plugin: what DoRA costs over LoRA, a mixed batch over one of LoRA, and the plugin over none.
+
+    make vllm-venv && .venv-vllm/bin/python -m benchmarks.vllm
+
+Two engines with the demo base, with and without the plugin, take turns within a round and go through it forth and back,
+so that what the machine does meanwhile falls on all of them alike. A measurement is ROUND_TOKENS greedy tokens for each
+of REQUESTS prompts in one batch. Figures are medians over the rounds, and ratios of pairs within a round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from benchmarks.page import write_table
+
+ROOT = Path(__file__).resolve().parent.parent
+BASE = ROOT / ".cache" / "smollm2-135m"
+ADAPTERS = ROOT / "examples" / "adapters"
+RESULTS = ROOT / "benchmarks" / "results" / "vllm.json"
+REQUESTS, ROUND_TOKENS = 16, 48
+BATCHES: Mapping[str, Sequence[str | None]] = {
+    "base": (None,),
+    "lora": ("dates-lora",),
+    "two_loras": ("dates-lora", "style-lora"),
+    "dora": ("dates-dora",),
+    "lora_and_dora": ("dates-lora", "dates-dora"),
+    "base_lora_and_dora": (None, "dates-lora", "dates-dora"),
+    "base_and_lora": (None, "dates-lora"),
+}
+WITHOUT_PLUGIN = ("base", "lora", "two_loras")
+RATIOS = (
+    # What, of which engine and batch, over which, and the least that is wanted.
+    ("dora over lora", ("with", "dora"), ("with", "lora"), 0.95),
+    ("lora and dora over two loras", ("with", "lora_and_dora"), ("with", "two_loras"), 0.95),
+    ("base, lora and dora over base and lora", ("with", "base_lora_and_dora"), ("with", "base_and_lora"), 0.95),
+    ("base with the plugin over without", ("with", "base"), ("without", "base"), 0.99),
+    ("lora with the plugin over without", ("with", "lora"), ("without", "lora"), 0.99),
+)
+
+
+def serve(plugin: bool) -> None:
+    """One engine, in a process of its own: reads the name of a batch a line, answers with tokens a second."""
+    from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    names = sorted({name for batch in BATCHES.values() for name in batch if name and (plugin or "dora" not in name)})
+    loras = {name: LoRARequest(name, number, str(ADAPTERS / name)) for number, name in enumerate(names, start=1)}
+    llm: Any = LLM(
+        str(BASE),
+        dtype=os.environ["BENCHMARK_DTYPE"],
+        max_model_len=256,
+        max_num_seqs=REQUESTS,
+        enable_lora=True,
+        max_loras=len(loras),
+        max_lora_rank=8,
+        enable_prefix_caching=False,
+    )
+    params = SamplingParams(temperature=0, max_tokens=ROUND_TOKENS, ignore_eos=True)
+    prompts = [{"prompt_token_ids": [number + 5, *range(100, 115)]} for number in range(REQUESTS)]
+    print("ready", file=sys.stderr, flush=True)
+    for line in sys.stdin:
+        batch = BATCHES[line.strip()]
+        adapters = [batch[number % len(batch)] for number in range(REQUESTS)]
+        requests = [loras[name] if name else None for name in adapters]
+        began = time.perf_counter()
+        llm.generate(prompts, params, lora_request=requests, use_tqdm=False)
+        print(REQUESTS * ROUND_TOKENS / (time.perf_counter() - began), file=sys.stderr, flush=True)
+
+
+class Engine:
+    """stderr carries the answers: vLLM talks on stdout."""
+
+    def __init__(self, plugin: bool, threads: int, dtype: str) -> None:
+        environment = {
+            **os.environ,
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "OMP_NUM_THREADS": str(threads),
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VLLM_LOGGING_LEVEL": "ERROR",
+            "VLLM_NO_USAGE_STATS": "1",
+            "BENCHMARK_DTYPE": dtype,
+        }
+        if not plugin:
+            environment["VLLM_PLUGINS"] = ""
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.vllm", "--engine", "with" if plugin else "without"],
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self._read(lambda line: line == "ready")
+
+    def run(self, batch: str) -> float:
+        """Tokens a second."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(batch + "\n")
+        self._process.stdin.flush()
+        return float(self._read(_is_number))
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+    def _read(self, wanted: Any) -> str:
+        assert self._process.stderr is not None
+        said = []
+        for line in self._process.stderr:
+            if wanted(line.strip()):
+                return line.strip()
+            said.append(line)
+        raise SystemExit(f"an engine ended: {''.join(said[-30:])}")
+
+
+def _is_number(line: str) -> bool:
+    try:
+        float(line)
+    except ValueError:
+        return False
+    return True
+
+
+def measure(rounds: int, threads: int, dtype: str) -> dict[str, Any]:
+    engines = {"with": Engine(True, threads, dtype), "without": Engine(False, threads, dtype)}
+    plan = [("with", name) for name in BATCHES] + [("without", name) for name in WITHOUT_PLUGIN]
+    plan.sort(key=lambda one: list(BATCHES).index(one[1]))
+    for engine, batch in plan:  # adapters are loaded, kernels chosen
+        engines[engine].run(batch)
+    found: dict[tuple[str, str], list[float]] = {one: [] for one in plan}
+    for number in range(rounds):
+        # Forth and back, so that a machine that slows down slows neither of two alone.
+        for engine, batch in plan if number % 2 == 0 else plan[::-1]:
+            found[engine, batch].append(engines[engine].run(batch))
+        print(f"round {number + 1} of {rounds}", file=sys.stderr, flush=True)
+    for running in engines.values():
+        running.close()
+    ratios = {}
+    for what, over, under, least in RATIOS:
+        pairs = [one / other for one, other in zip(found[over], found[under], strict=True)]
+        ratios[what] = {"median": statistics.median(pairs), "least_wanted": least, "rounds": pairs}
+    return {
+        "date": date.today().isoformat(),
+        "machine": _machine(),
+        "dtype": dtype,
+        "threads": threads,
+        "requests": REQUESTS,
+        "tokens": ROUND_TOKENS,
+        "tokens_per_second": {
+            f"{engine} plugin, {batch}": {"median": statistics.median(values), "rounds": values}
+            for (engine, batch), values in found.items()
+        },
+        "ratios": ratios,
+    }
+
+
+def _machine() -> str:
+    with open("/proc/cpuinfo", encoding="utf-8") as file:
+        model = next((line.partition(":")[2].strip() for line in file if line.startswith("model name")), "")
+    return f"{os.cpu_count()} cores of {model or platform.processor()}"
+
+
+def table(result: Mapping[str, Any]) -> str:
+    lines = [
+        f"SmolLM2-135M in {result['dtype']}, {result['requests']} requests of {result['tokens']} tokens in one batch, "
+        f"adapters of rank 4 on all linears; vLLM 0.32.0 for CPUs, {result['threads']} thread"
+        f"{'' if result['threads'] == 1 else 's'} of {result['machine']}, {result['date']}.",
+        "",
+        "| | tokens a second |",
+        "|---|---:|",
+    ]
+    for name, values in result["tokens_per_second"].items():
+        lines.append(f"| {name.replace('_', ' ')} | {values['median']:.1f} |")
+    lines += ["", "| ratio, median of pairs | | wanted |", "|---|---:|---:|"]
+    for name, values in result["ratios"].items():
+        lines.append(f"| {name} | {values['median']:.3f} | {values['least_wanted']} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    parser.add_argument("--engine", choices=("with", "without"), help=argparse.SUPPRESS)
+    parser.add_argument("--print", action="store_true", help="write no file")
+    options = parser.parse_args()
+    if options.engine:
+        serve(options.engine == "with")
+        return
+    result = measure(options.rounds, options.threads, options.dtype)
+    print(table(result))
+    if not options.print:
+        RESULTS.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        write_table("vllm", table(result))
+
+
+if __name__ == "__main__":
+    main()

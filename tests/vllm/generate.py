@@ -1,0 +1,65 @@
+"""A program of its own, since an engine of vLLM's keeps its process: a job on stdin, the answer into a file.
+
+Job: model, engine (arguments of vllm.LLM), adapters (name -> path), batches: lists of {prompt, adapter, tokens}, prompt
+being text or token ids. Answer: for each batch a list of {"tokens": [...], "logprobs": [...]}, or {"error": text}.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+# Before vllm is imported. One core each: the processes of a parallel engine share the machine with other tests.
+SETTINGS = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_NUM_THREADS": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+}
+
+
+def main() -> None:
+    job = json.loads(sys.stdin.read())
+    os.environ.update(SETTINGS)
+    from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    engine = {"dtype": "float32", "max_model_len": 256, "max_num_seqs": 32, "enable_prefix_caching": False}
+    if job["adapters"]:
+        engine |= {"enable_lora": True, "max_loras": 2, "max_lora_rank": 8}
+    llm = LLM(job["model"], **(engine | job["engine"]))
+    loras = {
+        name: LoRARequest(name, number, path) for number, (name, path) in enumerate(job["adapters"].items(), start=1)
+    }
+    answer = [_run(llm, batch, loras, SamplingParams) for batch in job["batches"]]
+    Path(sys.argv[1]).write_text(json.dumps(answer))  # vLLM talks on stdout
+
+
+def _run(llm: Any, batch: list[dict[str, Any]], loras: dict[str, Any], params: Any) -> Any:
+    prompts = [
+        one["prompt"] if isinstance(one["prompt"], str) else {"prompt_token_ids": one["prompt"]} for one in batch
+    ]
+    sampling = [params(temperature=0, max_tokens=one["tokens"], ignore_eos=True, logprobs=0) for one in batch]
+    requests = [loras[one["adapter"]] if one["adapter"] else None for one in batch]
+    try:
+        outputs = llm.generate(prompts, sampling, lora_request=requests if loras else None, use_tqdm=False)
+    except Exception as error:
+        return {"error": str(error)}
+    return [
+        {
+            "tokens": list(output.outputs[0].token_ids),
+            "logprobs": [
+                step[token].logprob
+                for token, step in zip(output.outputs[0].token_ids, output.outputs[0].logprobs, strict=True)
+            ],
+        }
+        for output in outputs
+    ]
+
+
+if __name__ == "__main__":
+    main()
