@@ -181,7 +181,7 @@ def _python(source: str) -> subprocess.CompletedProcess[str]:
 
 EXPORT_COMMANDS = ("", "convert", "merge", "onnx-adapter", "verify", "inspect", "push", "demo-base")
 COMMANDS = [("exporters.cli", command) for command in EXPORT_COMMANDS]
-COMMANDS += [("dora_serve.cli", command) for command in ("", "generate", "app")]
+COMMANDS += [("dora_serve.cli", command) for command in ("", "generate", "app", "vllm")]
 
 
 @pytest.mark.parametrize(("module", "command"), COMMANDS)

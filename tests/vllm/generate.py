@@ -24,7 +24,7 @@ SETTINGS = {
 
 def main() -> None:
     job = json.loads(sys.stdin.read())
-    os.environ.update(SETTINGS)
+    os.environ.update(SETTINGS, VLLM_ENABLE_V1_MULTIPROCESSING="0")  # each process imports all of vLLM
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 

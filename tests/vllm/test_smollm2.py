@@ -7,10 +7,7 @@ from typing import Any
 
 import torch
 
-from dora_serve.checkpoint import open_checkpoint
-from dora_serve.formats import read_adapter
-from dora_serve.merge import merge
-from dora_serve.resolve import plan_merge
+from exporters.cli import main
 from tests.vllm.cases import ADAPTERS, Ask, assert_greedy, assert_same, serve
 
 PROMPTS = (
@@ -44,7 +41,8 @@ def test_greedy_tokens_are_those_of_the_merged_model_and_of_peft(smollm2: Path, 
     for name, by_itself in zip(names[1:], alone, strict=True):
         assert_same(by_itself, answers[name], TOLERANCE)
         merged = tmp_path / f"merged-{name}"
-        merge(plan_merge(open_checkpoint(smollm2), read_adapter(ADAPTERS / name), dtype=torch.float32), merged)
+        command = ["merge", ADAPTERS / name, "--base", smollm2, "--dtype", "float32", "--no-verify", "-o", merged]
+        assert main(list(map(str, command))) == 0
         (of_merged,) = serve(merged, {}, [[Ask(prompt, None, TOKENS) for prompt in prompts]])
         assert_same(answers[name], of_merged, TOLERANCE)
     model: Any = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
