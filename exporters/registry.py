@@ -17,7 +17,7 @@ from dora_serve.plan import MergePlan
 from dora_serve.progress import OnProgress, Progress
 from dora_serve.quantized.codings import Quantization
 from dora_serve.verify import VerifyReport
-from exporters.onnx.check.answers import Inputs, token_ids, token_inputs
+from exporters.onnx.check.answers import Inputs, token_inputs
 from exporters.onnx_adapters.options import SlotOptions
 
 if TYPE_CHECKING:
@@ -231,9 +231,8 @@ def compare_swapped(
     """A slotted graph with an adapter file against torch's unmerged forward, on the verification's own prompts."""
     from exporters.onnx_adapters.check import check_swap
 
-    prompts = [token_ids(sample) for sample in _samples(forward)[0]]
-    say = _in_words(on_progress)
-    return check_swap(base, adapter_path, plan.base.folder, plan.adapter, prompts, device=device, on_progress=say)
+    samples, say = _samples(forward)[0], _in_words(on_progress)
+    return check_swap(base, adapter_path, plan.base.folder, plan.adapter, samples, device=device, on_progress=say)
 
 
 def _in_words(on_progress: OnProgress) -> Callable[[str], None]:

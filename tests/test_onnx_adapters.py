@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from dora_serve.errors import AdapterError, CheckpointError, PlanError, UnavailableError
 from dora_serve.formats import read_adapter
 from dora_serve.onnx_engine.adapters import Tables, read_adapter_file
+from exporters.onnx.check.answers import token_inputs
 from exporters.onnx.export import export_onnx
 from exporters.onnx.saving import MODEL_FILE
 from exporters.onnx_adapters.adapter_file import SlottedBase, open_slotted, write_adapter
@@ -48,6 +49,7 @@ SIZES: dict[str, Any] = {
 }
 ONE = {**SIZES, "num_key_value_heads": 2, "num_hidden_layers": 1}
 PROMPTS = [np.random.default_rng(length).integers(3, 96, length).tolist() for length in (2, 6, 11, 17)]
+SAMPLES = token_inputs(PROMPTS)
 
 MODELS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     # the modules that are adapted: all linear layers and, where it says so, the tied head and the embedding
@@ -157,7 +159,7 @@ def test_the_check_passes_and_sees_each_planted_fault(swaps: Callable[[str], Swa
     swap = swaps("llama")
 
     def check(file: Path, adapter: str = "dora") -> Any:
-        return check_swap(swap.base, file, swap.model, read_adapter(swap.adapters[adapter]), PROMPTS, greedy_tokens=4)
+        return check_swap(swap.base, file, swap.model, read_adapter(swap.adapters[adapter]), SAMPLES, greedy_tokens=4)
 
     sound = check(swap.file("dora"))
     assert sound.failures == ()
@@ -229,6 +231,20 @@ def test_merged_and_swapped_give_the_same_tokens(swaps: Callable[[str], Swap], t
         assert texts[0] == texts[1]
 
 
+def test_a_model_that_classifies_pictures(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = transformers.ViTConfig(**sizes, image_size=16, patch_size=8, num_labels=4)
+    model = vary(transformers.ViTForImageClassification(config))
+    adapter = {"target_modules": "all-linear", "use_dora": True}
+    swap = make(model, tmp_path, {"dora": adapter}, SlotOptions("all"))
+    pictures = torch.randn(4, 1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    samples = [{"pixel_values": picture} for picture in pictures]
+    found = check_swap(swap.base, swap.file("dora"), swap.model, read_adapter(swap.adapters["dora"]), samples)
+    assert found.failures == ()
+    assert found.effect_max_abs > 100 * found.tolerance
+
+
 # Embeddings, heads, and which layers get a slot
 
 
@@ -273,7 +289,7 @@ def test_slots_on_a_quantized_graph_take_norms_over_its_own_numbers(
     assert torch.allclose(served.float(), _through_the_operator(base, "model.layers.0.self_attn.q_proj"), atol=1e-6)
     file = tmp_path / "dora.onnx_adapter"
     write_adapter(read_adapter(swap.adapters["dora"]), base, file)
-    found = check_swap(base, file, swap.model, read_adapter(swap.adapters["dora"]), PROMPTS, greedy_tokens=2)
+    found = check_swap(base, file, swap.model, read_adapter(swap.adapters["dora"]), SAMPLES, greedy_tokens=2)
     assert found.failures == ()
     assert found.reference == "dequantized"
     # A file whose norms were taken over the weights before they were quantized is another one.

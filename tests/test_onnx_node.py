@@ -15,6 +15,7 @@ import transformers
 from dora_serve.engine import Request
 from dora_serve.formats import read_adapter
 from dora_serve.onnx_engine.engine import OnnxEngine
+from exporters.onnx.check.answers import token_inputs
 from exporters.onnx_adapters.adapter_file import write_adapter
 from exporters.onnx_adapters.check import check_swap
 from exporters.onnx_adapters.options import SlotOptions
@@ -73,5 +74,6 @@ def test_an_adapter_of_another_base_is_refused_there_too(swap: Swap, tmp_path: P
 def test_a_graph_without_defaults_passes_the_check(swap: Swap, tmp_path: Path) -> None:
     file = tmp_path / "dora.onnx_adapter"
     write_adapter(read_adapter(swap.adapters["dora"]), swap.base, file)
-    found = check_swap(swap.base, file, swap.model, read_adapter(swap.adapters["dora"]), [PROMPT, PROMPT[:2]])
+    samples = token_inputs([PROMPT, PROMPT[:2]])
+    found = check_swap(swap.base, file, swap.model, read_adapter(swap.adapters["dora"]), samples)
     assert found.failures == ()

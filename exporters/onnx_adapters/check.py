@@ -13,11 +13,12 @@ import numpy as np
 
 from dora_serve.adapter import Adapter
 from dora_serve.module_names import is_conv1d
-from dora_serve.onnx_engine.adapters import AdapterFile, Feeding, Inputs, OneSlot, Switch, read_adapter_file
+from dora_serve.onnx_engine import adapters
+from dora_serve.onnx_engine.adapters import AdapterFile, Feeding, OneSlot, Switch, read_adapter_file
 from dora_serve.onnx_engine.slots import SlotTable
 from dora_serve.reference import attach_adapter
 from exporters.onnx.architectures import architecture_of, kind_of, output_names
-from exporters.onnx.check.answers import Expected, Got, token_inputs
+from exporters.onnx.check.answers import Expected, Got, Inputs
 from exporters.onnx.check.comparing import count_greedy
 from exporters.onnx.check.distances import kl_divergence, max_abs_difference, top1_agreement
 from exporters.onnx.check.onnx_side import run_onnx, whole_answers
@@ -82,7 +83,7 @@ def check_swap(
     adapter_file: Path,
     model_folder: Path,
     adapter: Adapter,
-    prompts: Sequence[Sequence[int]],
+    samples: Sequence[Inputs],
     *,
     device: str = "cpu",
     greedy_tokens: int = 16,
@@ -94,16 +95,16 @@ def check_swap(
     made the file. Where the graph's weights are codes, torch is given the numbers that these stand for: what
     quantizing cost is not the adapter's fault, and its norms are taken over those numbers.
 
-    Raises ValueError without prompts; what `load_model` and `read_adapter_file` raise.
+    samples: of one row each, as `torch_answer` takes them. Raises ValueError without any, and what `load_model` and
+    `read_adapter_file` raise.
     """
     require("onnxruntime", "onnx_ir", "transformers")
-    if not prompts or not all(prompts):
-        raise ValueError("check_swap needs at least one prompt, and none may be empty")
+    if not samples:
+        raise ValueError("check_swap needs at least one sample")
     import torch
 
     tell = on_progress or (lambda message: None)
     failures: list[str] = []
-    samples = token_inputs(prompts)
     file, architecture = read_adapter_file(adapter_file, base.table), architecture_of(model_folder)
     packed = [linear for linear in base.linears.values() if linear.storage == "packed"]
     with quiet(), torch.no_grad():
@@ -151,7 +152,7 @@ def _tolerance(wanted: Sequence[torch.Tensor], moved: Sequence[torch.Tensor]) ->
 def _on(table: SlotTable, adapter: AdapterFile | None, *, as_inputs: bool = False) -> Feeding:
     if table.mixed:
         return OneSlot(table, adapter)
-    return Inputs(table, adapter) if as_inputs or table.required else Switch(adapter)
+    return adapters.Inputs(table, adapter) if as_inputs or table.required else Switch(adapter)
 
 
 def _without_magnitude(file: AdapterFile) -> AdapterFile:
