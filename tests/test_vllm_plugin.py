@@ -12,7 +12,8 @@ import torch
 
 from dora_serve.vllm_plugin import is_tested, register
 from dora_serve.vllm_plugin.on_import import on_import
-from dora_serve.vllm_plugin.scaling import Batch, SlotScales, scale_rows
+from dora_serve.vllm_plugin.patches import _scaled
+from dora_serve.vllm_plugin.scaling import Batch, SlotScales, define_operator, scale_rows
 
 IN_USE = torch.ones(1, dtype=torch.bool)
 
@@ -74,7 +75,7 @@ def test_an_action_follows_an_import_be_it_late_or_long_ago(tmp_path: Path, monk
     del sys.modules["imported_late"]
 
 
-def _scaled(
+def _one_batch(
     dtype: torch.dtype, bias: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, SlotScales]:
     generator = torch.Generator().manual_seed(1)
@@ -93,7 +94,7 @@ def _scaled(
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_the_tokens_of_a_dora_alone_are_scaled_and_rounded_once(dtype: torch.dtype, with_bias: bool) -> None:
     bias = torch.linspace(-40, 40, 8).to(dtype) if with_bias else None
-    before, rows, norm_scale, _ = _scaled(dtype, bias)
+    before, rows, norm_scale, _ = _one_batch(dtype, bias)
     for untouched in (1, 2, 4):
         assert torch.equal(rows[untouched], before[untouched])
     for token in (0, 3):
@@ -140,3 +141,39 @@ def test_a_batch_knows_whether_a_token_belongs_to_a_dora() -> None:
         batch.update(adapters, adapter_in_slot)
         assert batch.any_in_use is in_use
         assert bool(batch.in_use) is in_use
+
+
+@pytest.fixture(scope="module")
+def operator() -> None:
+    define_operator("CPU")
+
+
+def test_compiled_code_looks_at_the_batch_whenever_it_runs(operator: None) -> None:
+    """As vLLM compiles a layer: in one graph, with buffers that are attributes, and no guards on what is in them."""
+    scales = SlotScales(2, 6, torch.device("cpu"), torch.ones(6))
+    scales.set(0, torch.linspace(0.5, 3, 6))
+    batch = Batch()
+    wrapper = types.SimpleNamespace(dora=batch, _token_lora_indices=torch.full((16,), -1))
+    layer = types.SimpleNamespace(punica_wrapper=wrapper, slot_scales=scales)
+    weight = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        output: torch.Tensor = _scaled(layer, torch.nn.functional.linear(x, weight))
+        return output + 1
+
+    compiled = torch.compile(forward, fullgraph=True, dynamic=True, backend="aot_eager")
+    x = torch.randn(3, 4, generator=torch.Generator().manual_seed(1))
+    plain = forward(x)
+    # Compiled while no DoRA is about, then one comes, then it goes, all without compiling anew.
+    assert torch.equal(compiled(x), plain)
+    counted = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    batch.slots = {0}
+    batch.update((7, 0, 7), [7, None])
+    wrapper._token_lora_indices[:3] = torch.tensor([0, -1, 0])
+    scaled = forward(x)
+    assert torch.equal(compiled(x), scaled)
+    assert torch.equal(scaled[1], plain[1])
+    assert not torch.equal(scaled[0], plain[0])
+    batch.update((0, 0, 0), [7, None])
+    assert torch.equal(compiled(x), plain)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == counted
