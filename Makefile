@@ -40,6 +40,7 @@ vllm-venv: $(VLLM_VENV)/.complete
 # Beside the project's own, since vLLM pins other versions of what both use. The list is whole: nothing is resolved.
 $(VLLM_VENV)/.complete: pyproject.toml constraints-vllm.txt
 	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --progress-bar off --constraint constraints-vllm.txt torch
 	$(VLLM_VENV)/bin/python -m pip install --progress-bar off --no-deps --requirement constraints-vllm.txt
 	$(VLLM_VENV)/bin/python -m pip install --progress-bar off --no-deps --editable .
 	touch $@
