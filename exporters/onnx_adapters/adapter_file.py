@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dora_serve.adapter import Adapter
+from dora_serve.adapter import PAPER_NORM, Adapter, LoraWeights
 from dora_serve.errors import CheckpointError, OutputError, no_such_path
+from dora_serve.magnitudes import require_plausible
 from dora_serve.onnx_engine.slots import METADATA_KEY, SlotTable
 from dora_serve.progress import OnProgress, ignore_progress
 from exporters.onnx.loading import require
@@ -75,15 +77,20 @@ def write_adapter(
 ) -> WrittenAdapter:
     """Write `path`, an adapter file for `base`. Memory: the adapter, and a block of rows of one weight.
 
-    Raises PlanError, before anything is written, for an adapter that does not fit the slots.
+    Raises PlanError, before anything is written, for an adapter that does not fit the slots; AdapterError where its
+    magnitudes may be m / ||V|| already and the user has not said so.
     """
     table = base.table
     fitted = fit_adapter(adapter, table, base.linears, base.path)
     values = {table.guard: _ort_value(torch.zeros(0), table.dtype)}
+    sampled: list[tuple[float, Callable[[], float]]] = []
     for module, filled in slot_tensors(fitted, base.linears, on_progress):
+        sampled += _magnitudes_of(fitted[module], filled)
         slot, padded = table.slots[module], _padded(filled, table.rank)
         for name in ("lora_A", "lora_B", "norm_scale"):
             values[getattr(slot, name)] = _ort_value(getattr(padded, name), table.dtype)
+    if not adapter.magnitudes_are_norms:
+        require_plausible(sampled)
     _export(values, table, path)
     ranks = [weights.rank for weights in fitted.values()]
     return WrittenAdapter(
@@ -94,6 +101,14 @@ def write_adapter(
         bytes=path.stat().st_size,
         base_sha256=table.fingerprint,
     )
+
+
+def _magnitudes_of(weights: LoraWeights, filled: SlotTensors) -> list[tuple[float, Callable[[], float]]]:
+    """Medians of the magnitudes of a DoRA and of what they were divided by, for `require_plausible`."""
+    if weights.magnitude is None or weights.norm != PAPER_NORM:
+        return []
+    magnitude = weights.magnitude.load().double().abs()
+    return [(float(magnitude.median()), partial(float, (magnitude / filled.norm_scale.abs()).median()))]
 
 
 def _padded(filled: SlotTensors, rank: int | None) -> SlotTensors:
