@@ -40,7 +40,7 @@ def metadata_of(record: Mapping[str, Any], config: Mapping[str, Any], base_card:
     base = base_id(record)
     if base is not None:
         found["base_model"] = base
-        found["base_model_relation"] = relation_of(record, files)
+        found["base_model_relation"] = relation_of(record)
     library = _library(files)
     if library is not None:
         found["library_name"] = library
@@ -61,12 +61,17 @@ def base_id(record: Mapping[str, Any]) -> str | None:
     return hub_repository(trained_on) if isinstance(trained_on, str) else None
 
 
-def relation_of(record: Mapping[str, Any], files: Sequence[str]) -> str:
+def is_adapter(record: Mapping[str, Any]) -> bool:
+    """Whether an adapter was written, and no weights that it is folded into."""
+    return record.get("exporter") == "convert"
+
+
+def relation_of(record: Mapping[str, Any]) -> str:
     """The place in the base's family tree.
 
     An adapter folded into one base is a fine-tune of it: the Hub keeps `merge` for a model made of several models.
     """
-    if "adapter_config.json" in files:
+    if is_adapter(record):
         return "adapter"
     onnx = record.get("onnx")
     return "quantized" if isinstance(onnx, Mapping) and onnx.get("quantize") else "finetune"
@@ -76,7 +81,7 @@ def tags_of(record: Mapping[str, Any], files: Sequence[str]) -> list[str]:
     adapter = record.get("adapter")
     method = str(adapter.get("method", "")) if isinstance(adapter, Mapping) else ""
     tags = [method.lower()] if method in ("DoRA", "LoRA") else []
-    if "adapter_config.json" not in files:
+    if not is_adapter(record):
         tags.append("merged")
     if any(name.endswith(".onnx") for name in files):
         tags.append("onnx")
@@ -91,8 +96,10 @@ def task_of(config: Mapping[str, Any]) -> str | None:
 
 
 def _library(files: Sequence[str]) -> str | None:
-    if "adapter_config.json" in files:
+    if "adapter_model.safetensors" in files:
         return "peft"
+    if "adapters.safetensors" in files:
+        return "mlx"
     if any(name.endswith(".onnx") for name in files):
         return "onnx"
     return "transformers" if "config.json" in files else None

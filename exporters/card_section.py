@@ -10,6 +10,7 @@ from pathlib import PurePath
 from typing import Any
 
 from dora_serve.hub import split_spec
+from exporters.card_metadata import is_adapter
 from exporters.card_snippets import Published, snippets
 from exporters.manifest import CARD_NAME, recorded_files
 from exporters.publishable import proof_of
@@ -95,8 +96,8 @@ def _pinned(part: str, *sources: object) -> str:
 
 def _title(record: Mapping[str, Any]) -> str:
     method = _field(record.get("adapter"), "method") or "Adapter"
-    if "adapter_config.json" in recorded_files(record):
-        return f"{method} adapter, converted"
+    if is_adapter(record):
+        return f"{method} adapter, as {record.get('converted_to')} writes it"
     exporter = {"safetensors": "", "onnx": ", as ONNX"}.get(str(record.get("exporter")), f", as {record['exporter']}")
     return f"{method} merged into its base{exporter}"
 
@@ -143,7 +144,10 @@ def _proof(record: Mapping[str, Any]) -> str:
         failures = "".join(f"\n- {_text(failure)}" for failure in record.get("failures") or ())
         if failures:
             return f"{head}**This failed its verification**, and was published all the same:\n{failures}"
-        return f"{head}**Not verified.** Nothing shows that these weights equal the unmerged model."
+        what = (
+            "this adapter is the one it was made of" if is_adapter(record) else "these weights equal the unmerged model"
+        )
+        return f"{head}**Not verified.** Nothing here shows that {what}."
     text = ""
     if proof == "failed":
         reasons = dict.fromkeys([*(verification.get("failures") or ()), *(record.get("failures") or ())])

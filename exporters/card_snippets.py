@@ -58,7 +58,10 @@ class Published:
 def snippets(published: Published) -> dict[str, str]:
     """Python by the library that it is for; empty where nothing is known that runs."""
     files = published.files
-    if "adapter_config.json" in files:
+    if "adapter_model.safetensors" in files or "adapters.safetensors" in files:
+        # The task of an adapter is not in its files: only where the base's card says it.
+        if "adapters.safetensors" in files:
+            return {}
         return {"PEFT": _peft(published)} if published.base and published.pipeline_tag == "text-generation" else {}
     if published.graphs:
         return _onnx(published)

@@ -15,7 +15,15 @@ from dora_serve.errors import CheckpointError, HubError, no_such_path
 from dora_serve.hub import fetch, hub_repository, split_spec
 from dora_serve.hub_files import choose_files
 from dora_serve.progress import OnProgress, ignore_progress
-from exporters.manifest import CARD_NAME, NO_RECORD, HashReport, check_hashes, parse_record, read_record, recorded_files
+from exporters.manifest import (
+    CARD_NAME,
+    NO_RECORD,
+    HashReport,
+    check_hashes,
+    parse_record,
+    read_record,
+    recorded_files,
+)
 from exporters.publishable import Proof, proof_of
 from exporters.record import RECORD_NAME
 

@@ -304,6 +304,9 @@ def _notes(
         notes.append(
             "The folder's own README.md is not sent: the repository's is kept, and its section brought up to date."
         )
+    added = list(checked.record.get("added") or ())
+    if added:
+        notes.append(f"Added after the base was verified, and not proven by its card: {', '.join(added[:4])}.")
     others = [name for name in remote.files if name.endswith(WEIGHTS) and name not in known]
     if others:
         notes.append(f"The repository holds other weights, which are left as they are: {', '.join(others[:4])}.")

@@ -157,6 +157,31 @@ def add_to_record(folder: Path, values: Mapping[str, object], file: Path, facts:
     os.replace(fresh, folder / RECORD_NAME)
 
 
+def conversion_record(
+    located: Located, adapter: Adapter, to: str, command: tuple[str, ...], notes: Iterable[str], written: Iterable[Path]
+) -> dict[str, object]:
+    """The record of an adapter in another format, as plain values. written: its files, all in one folder."""
+    files = list(written)
+    hashes = hash_files(files)
+    return {
+        "tool": "dora-serve",
+        "version": __version__,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": list(command),
+        "exporter": "convert",
+        "converted_to": to,
+        "adapter": {
+            **_source(located, hash_files(adapter.files)),
+            "format": adapter.format,
+            "method": adapter.method,
+            "trained_on": adapter.base,
+        },
+        "notes": list(notes),
+        "files": {path.name: {"bytes": path.stat().st_size, "sha256": hashes[path.name]} for path in files},
+        "verification": None,
+    }
+
+
 def write_record(folder: Path, values: Mapping[str, object]) -> None:
     (folder / RECORD_NAME).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 

@@ -93,7 +93,11 @@ def test_the_metadata_is_what_the_hub_reads(tmp_path: Path) -> None:
             {"exporter": "onnx", "onnx": {"quantize": "int8"}},
             ("quantized", "onnx", ["dora", "merged", "onnx"]),
         ),
-        (["adapter_config.json", "adapter_model.safetensors"], {"exporter": "peft"}, ("adapter", "peft", ["dora"])),
+        (
+            ["adapter_config.json", "adapter_model.safetensors"],
+            {"exporter": "convert", "converted_to": "peft"},
+            ("adapter", "peft", ["dora"]),
+        ),
     ],
 )
 def test_other_exports(names: list[str], facts: dict[str, Any], wanted: tuple[str, str, list[str]]) -> None:

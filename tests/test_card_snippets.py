@@ -146,4 +146,4 @@ def test_a_branch_is_named_in_the_code() -> None:
 
 def test_nothing_is_printed_that_is_not_known_to_run() -> None:
     assert snippets(Published("anna/x", None, ["model.safetensors"], {}, None)) == {}
-    assert snippets(Published("anna/x", None, ["adapter_config.json"], {}, None)) == {}
+    assert snippets(Published("anna/x", None, ["adapter_model.safetensors"], {}, None)) == {}

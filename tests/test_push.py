@@ -426,6 +426,36 @@ def test_documents_and_pictures_may_be_added(hub: FakeHub, desk: Desk, folder: P
     assert {"docs/curve.png", "EVALUATION.md"} <= set(hub.files("anna/dora"))
 
 
+def test_adapter_files_that_were_added_are_told(hub: FakeHub, desk: Desk, folder: Path) -> None:
+    """As `onnx-adapter` puts them into an exported base and its record."""
+    added = folder / "adapters" / "style.onnx_adapter"
+    write(added, "an adapter")
+    assert "does not name it" in desk.error("push", folder, "anna/dora")
+    record = json.loads((folder / "dora_export.json").read_text())
+    name = added.relative_to(folder).as_posix()
+    record["files"][name] = {"bytes": 10, "sha256": sha256(added)}
+    record["added"] = {name: {}}
+    (folder / "dora_export.json").write_text(json.dumps(record))
+    assert name in desk.json("push", folder, "anna/dora")["notes"][-1]
+    assert hub.files("anna/dora")[name] == b"an adapter"
+    assert name in desk.json("verify", "anna/dora")["hashes"]["matching"]
+
+
+@pytest.mark.parametrize(("to", "library"), [("peft", "peft"), ("mlx", "mlx")])
+def test_a_converted_adapter_is_published(
+    hub: FakeHub, desk: Desk, inputs: Inputs, tmp_path: Path, to: str, library: str
+) -> None:
+    out = tmp_path / "converted"
+    assert desk.run("convert", inputs.adapter, "--to", to, "--base", inputs.base, "-o", out).code == 0
+    assert "--unverified" in desk.error("push", out, "anna/adapter")  # a conversion runs no forward
+    desk.json("push", out, "anna/adapter", "--unverified")
+    card = hub.files("anna/adapter")["README.md"].decode()
+    assert "base_model: anna/llama\nbase_model_relation: adapter\n" in card
+    assert f"library_name: {library}" in card
+    assert desk.json("verify", "anna/adapter")["passed"]
+    assert desk.json("inspect", "anna/adapter")["method"] == "DoRA"
+
+
 def test_what_was_not_verified_needs_the_word(
     hub: FakeHub, desk: Desk, warm: Warm, inputs: Inputs, tmp_path: Path
 ) -> None:

@@ -26,12 +26,11 @@ _TOKENIZER_FILES = (
 
 @dataclass(frozen=True)
 class LoadedBase:
-    """tokenizer: None where the base has no files of one. label: what errors call it. path: where its files are."""
+    """tokenizer: None where the base has no files of one. label: what errors call it."""
 
     model: Any
     tokenizer: Any
     label: str
-    path: Path
 
 
 def load_base(
@@ -78,7 +77,7 @@ def load_base(
             path=str(located.path),
             missing=missing,
         )
-    return LoadedBase(model, tokenizer, f"the base {str(base)!r}", located.path)
+    return LoadedBase(model, tokenizer, f"the base {str(base)!r}")
 
 
 def load_tokenizer(folder: Path) -> Any:

@@ -65,7 +65,10 @@ def run(options: argparse.Namespace) -> int:
         conversion = convert(request, show_progress(stack))
     if not options.json:
         print(conversion_text(conversion), flush=True)
-    out = None if options.dry_run else str(write_conversion(conversion, options.out, overwrite=options.overwrite))
+    out = None
+    if not options.dry_run:
+        written = write_conversion(conversion, options.out, overwrite=options.overwrite, command=options.given)
+        out = str(written)
     if options.json:
         print(json.dumps(conversion_json(conversion, out), indent=2))
     else:

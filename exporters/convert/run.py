@@ -10,7 +10,7 @@ from dora_serve.adapter import Adapter
 from dora_serve.checkpoint import open_checkpoint
 from dora_serve.errors import DoraServeError
 from dora_serve.formats import ReadOptions, read_adapter
-from dora_serve.hub import locate
+from dora_serve.hub import Located, locate
 from dora_serve.output import new_folder
 from dora_serve.plan import MergePlan
 from dora_serve.progress import OnProgress, ignore_progress
@@ -22,6 +22,7 @@ from exporters.convert.to_mlx import to_mlx
 from exporters.convert.to_peft import to_peft
 from exporters.convert.to_vllm import to_vllm
 from exporters.convert.written import Written, write
+from exporters.record import conversion_record, write_record
 
 TARGETS: Mapping[str, Callable[[Plain, str | None], Written]] = {"peft": to_peft, "mlx": to_mlx, "kohya": to_kohya}
 LORA, VLLM = "lora", "vllm"
@@ -46,9 +47,12 @@ class ConvertRequest:
 
 @dataclass(frozen=True)
 class Conversion:
-    """All that will be written, still in memory. sources: what it was made from, which it must not be written over."""
+    """All that will be written, still in memory. located: where the adapter came from. sources: what it was made from,
+    which it must not be written over.
+    """
 
     source: Adapter
+    located: Located
     to: str
     written: Written
     notes: tuple[str, ...]
@@ -75,20 +79,28 @@ def convert(request: ConvertRequest, on_progress: OnProgress = ignore_progress) 
         near = approximate(plan, request.rank, prompts=request.prompts, device=request.device, on_progress=on_progress)
         written = to_peft(near.given, request.base)
         notes = (*adapter.notes, *near.given.notes, *written.notes)
-        return Conversion(adapter, request.to, written, notes, sources, near)
+        return Conversion(adapter, found, request.to, written, notes, sources, near)
     given = plain(adapter, plan)
     if request.to == VLLM:
         assert plan is not None
         written = to_vllm(given, request.base, open_checkpoint(plan.base.folder), on_progress)
     else:
         written = TARGETS[request.to](given, request.base)
-    return Conversion(adapter, request.to, written, (*adapter.notes, *given.notes, *written.notes), sources)
+    notes = (*adapter.notes, *given.notes, *written.notes)
+    return Conversion(adapter, found, request.to, written, notes, sources)
 
 
-def write_conversion(conversion: Conversion, out: Path, *, overwrite: bool = False) -> Path:
-    """Write it into a new folder, all or nothing. Raises OutputError."""
+def write_conversion(
+    conversion: Conversion, out: Path, *, overwrite: bool = False, command: tuple[str, ...] = ()
+) -> Path:
+    """Write it into a new folder with a `dora_export.json`, all or nothing. Raises OutputError."""
     with new_folder(out, overwrite=overwrite, inputs=conversion.sources) as folder:
         write(conversion.written, folder)
+        written = sorted(path for path in folder.iterdir() if path.is_file())
+        made = conversion_record(
+            conversion.located, conversion.source, conversion.to, command, conversion.notes, written
+        )
+        write_record(folder, made)
     return out
 
 

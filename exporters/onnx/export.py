@@ -49,7 +49,6 @@ class OnnxExport:
     bytes: int
     traced: bool
     notes: tuple[str, ...] = ()
-    runtime: str = "onnxruntime"
 
     @property
     def path(self) -> Path:
@@ -70,7 +69,6 @@ class OnnxExport:
             "bytes": self.bytes,
             "traced": self.traced,
             "notes": list(self.notes),
-            "runtime": self.runtime,
         }
 
 
