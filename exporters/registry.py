@@ -205,7 +205,13 @@ def export_onnx_adapters(given: ExportInput) -> Exported:
     if given.verification is None:
         return Exported(values)
     check = compare_swapped(
-        made.base, made.adapter_path, given.plan, given.verification.forward, given.device, given.on_progress
+        made.base,
+        made.adapter_path,
+        given.plan,
+        given.verification.forward,
+        given.device,
+        given.on_progress,
+        given.options.max_kl,
     )
     return Exported({**values, "swap_check": asdict(check)}, check.failures)
 
@@ -217,12 +223,14 @@ def compare_swapped(
     forward: ForwardReport | None,
     device: str,
     on_progress: OnProgress,
+    max_kl: float | None = None,
 ) -> SwapCheck:
     """A slotted graph with an adapter file against torch's unmerged forward, on the verification's own prompts."""
     from exporters.onnx_adapters.check import check_swap
 
     samples, say = _samples(forward)[0], _in_words(on_progress)
-    return check_swap(base, adapter_path, plan.base.folder, plan.adapter, samples, device=device, on_progress=say)
+    given = (base, adapter_path, plan.base.folder, plan.adapter, samples)
+    return check_swap(*given, device=device, max_kl=max_kl, on_progress=say)
 
 
 def _in_words(on_progress: OnProgress) -> Callable[[str], None]:

@@ -97,6 +97,10 @@ def swap_text(check: Mapping[str, Any]) -> str:
         rows.append(["through the cache", _number(check["decode_max_abs"]), _number(check["tolerance"]), ""])
     rows.append(["a padded batch of 4", _number(check["padded_max_abs"]), _number(check["tolerance"]), ""])
     rows.append(["the adapter's effect", _number(check["effect_max_abs"]), "", ""])
+    if check["reference"] != "base":
+        rows.append(
+            ["without an adapter, from torch's base before it was quantized", "", "", _optional(check["lost_kl"])]
+        )
     if check["without_magnitude_max_abs"] is not None:
         rows.append(["if the magnitude were ignored", _number(check["without_magnitude_max_abs"]), "", ""])
     title = f"ONNX Runtime ({check['provider']}) with the adapter swapped in, how far from torch's unmerged forward"

@@ -68,7 +68,7 @@ def verify_folder(
     """
     graphs = sorted(folder.glob("*.onnx"))
     if (folder / ADAPTERS).is_dir() and graphs:
-        return _verify_slotted(folder, sources, options, on_progress)
+        return _verify_slotted(folder, sources, options, export.max_kl if export else None, on_progress)
     if not graphs or any(folder.glob("*.safetensors")):
         return FolderReport(verify(plan_sources(sources), folder, options, on_progress=on_progress))
     with tempfile.TemporaryDirectory(prefix="dora-export-verify-") as scratch:
@@ -80,7 +80,9 @@ def verify_folder(
     return FolderReport(report, check.to_json(), check.failures)
 
 
-def _verify_slotted(folder: Path, sources: Sources, options: ForwardOptions, on_progress: OnProgress) -> FolderReport:
+def _verify_slotted(
+    folder: Path, sources: Sources, options: ForwardOptions, max_kl: float | None, on_progress: OnProgress
+) -> FolderReport:
     """Of a base with adapter slots: the file of this adapter on it, whoever made that, beside a merge of our own."""
     base = open_slotted(folder)
     with tempfile.TemporaryDirectory(prefix="dora-export-verify-") as scratch:
@@ -89,7 +91,7 @@ def _verify_slotted(folder: Path, sources: Sources, options: ForwardOptions, on_
         report = verify(plan, Path(scratch), options, on_progress=on_progress)
     device = "cuda" if torch.cuda.is_available() and options.device != "cpu" else "cpu"
     file = _adapter_file(folder, sources)
-    check = compare_swapped(base, file, plan, report.forward, device, on_progress)
+    check = compare_swapped(base, file, plan, report.forward, device, on_progress, max_kl)
     return FolderReport(report, None, check.failures, asdict(check))
 
 

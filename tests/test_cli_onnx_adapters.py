@@ -150,3 +150,17 @@ def test_a_graph_for_mixed_batches_from_the_command_line(world: Path, tmp_path: 
     swapped = run(single, [PROMPT], activate(world / "out" / "adapters" / "dates.onnx_adapter"))[0]
     assert np.abs(rows[0] - base).max() < 1e-5 < np.abs(base - swapped).max()
     assert np.abs(rows[1] - swapped).max() < 1e-5
+
+
+def test_a_quantized_base_swaps_over_its_own_numbers_and_its_loss_is_judged(
+    world: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    given = ["merge", *at(world, "dates", "--base", "base"), "--to", "onnx-adapters", "--quantize", "int8"]
+    assert main([*given, "-o", str(tmp_path / "int8")]) == 0
+    check = read(tmp_path / "int8" / "dora_export.json")["swap_check"]
+    assert (check["passed"], check["reference"]) == (True, "dequantized")
+    assert check["kl"] < check["effect_max_abs"]
+    assert 1e-9 < check["lost_kl"] < 1e-2
+    assert main([*given, "--max-kl", "1e-9", "-o", str(tmp_path / "strict")]) == 1
+    assert "--max-kl is 1e-09" in capsys.readouterr().err
+    assert not (tmp_path / "strict").exists()

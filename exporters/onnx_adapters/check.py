@@ -55,7 +55,8 @@ class SwapCheck:
     of 4. tolerance and kl_limit: for the adapter's. effect_max_abs: how far the adapter moves torch's answers, 0 for
     one that changes nothing. without_magnitude_max_abs: the distance when the file's norm_scale is left out, which has
     to be seen; None for LoRA. greedy_equal of greedy_total prompts go on with the same tokens.
-    reference: what torch ran: "base", or "dequantized" where the graph's weights are codes.
+    reference: what torch ran: "base", or "dequantized" where the graph's weights are codes. lost_kl: what the graph
+    without an adapter lost against torch's float32 of the model itself, quantizing included.
     """
 
     prompts: int
@@ -63,6 +64,7 @@ class SwapCheck:
     provider: str
     base_max_abs: float
     base_kl: float | None
+    lost_kl: float | None
     max_abs: float
     kl: float | None
     kl_limit: float | None
@@ -86,6 +88,7 @@ def check_swap(
     samples: Sequence[Inputs],
     *,
     device: str = "cpu",
+    max_kl: float | None = None,
     greedy_tokens: int = 16,
     on_progress: Callable[[str], None] | None = None,
 ) -> SwapCheck:
@@ -93,7 +96,8 @@ def check_swap(
 
     Torch runs in float32 with eager attention, the adapter by `dora_serve.reference`, which shares no code with what
     made the file. Where the graph's weights are codes, torch is given the numbers that these stand for: what
-    quantizing cost is not the adapter's fault, and its norms are taken over those numbers.
+    quantizing cost is not the adapter's fault, and its norms are taken over those numbers. max_kl: what the graph may
+    have lost at most (`lost_kl`).
 
     samples: of one row each, as `torch_answer` takes them. Raises ValueError without any, and what `load_model` and
     `read_adapter_file` raise.
@@ -111,6 +115,7 @@ def check_swap(
         tell("running torch, the adapter unmerged")
         model: Any = load_model(model_folder, attention="eager", experts="eager")
         torch.nn.Module.to(model, device)
+        whole = [torch_answer(model, sample) for sample in samples]
         if packed:
             _serve_the_same(model, packed)
         else:
@@ -140,7 +145,11 @@ def check_swap(
     expected = Expected(
         wanted, greedy, tolerance, FLOAT32_KL, None, "last_hidden_state" not in output_names(architecture)
     )
-    return _judge(expected, plain, without, swapped, spoiled, exact=exact, failures=failures)
+    lost = _kl(without, whole, expected.distributions)
+    if max_kl is not None and lost is not None and lost > max_kl:
+        failures.append(f"The graph's KL divergence from torch in float32 is {lost:.3g}, and --max-kl is {max_kl:g}.")
+    found = _judge(expected, plain, without, swapped, spoiled, exact=exact, failures=failures)
+    return replace(found, lost_kl=lost)
 
 
 def _tolerance(wanted: Sequence[torch.Tensor], moved: Sequence[torch.Tensor]) -> float:
@@ -217,6 +226,7 @@ def _judge(
         provider=swapped.provider,
         base_max_abs=base_max_abs,
         base_kl=base_kl,
+        lost_kl=None,
         max_abs=max_abs,
         kl=kl,
         kl_limit=kl_limit,
