@@ -12,11 +12,16 @@ stamp := $(VENV)/.complete
 # What the browser test drives comes from no package index: Debian's, where it is missing and we may install it.
 CHROMIUM = command -v chromium || command -v chromium-browser || command -v google-chrome
 
+# Runs the folders of ONNX Runtime GenAI, whose onnxruntime cannot be beside onnxruntime-gpu. Everything else it needs is
+# read from $(VENV): its own packages come first.
+GENAI := $(VENV)-genai
+genai_stamp := $(GENAI)/.complete
+
 # The example in another language, which has its packages from npm.
 NODE := examples/onnx-node
 node_stamp := $(NODE)/node_modules/.complete
 
-.PHONY: venv vllm-venv demo test test-vllm browser node check fix bench clean
+.PHONY: venv genai-env vllm-venv demo test test-vllm browser node check fix bench clean
 
 venv: $(stamp)
 
@@ -40,6 +45,15 @@ $(VLLM_VENV)/.complete: pyproject.toml constraints-vllm.txt
 	$(VLLM_VENV)/bin/python -m pip install --progress-bar off --no-deps --editable .
 	touch $@
 
+genai-env: $(genai_stamp)
+
+$(genai_stamp): $(stamp)
+	$(PYTHON) -m venv $(GENAI)
+	$(bin)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
+		$$($(GENAI)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/dora_serve.pth
+	$(GENAI)/bin/python -m pip install --progress-bar off --constraint constraints.txt --no-deps onnxruntime onnxruntime-genai
+	touch $@
+
 $(BASE)/config.json: | $(stamp)
 	$(bin)/dora-export demo-base $(BASE)
 
@@ -47,8 +61,8 @@ demo: $(stamp) $(BASE)/config.json
 	$(bin)/dora-export merge examples/adapters/dates-dora --base $(BASE) --to onnx -o .cache/demo-onnx --overwrite
 
 # The base is made first, so that no two of the processes do; and each has one thread, since they share the cores.
-test: $(stamp) $(BASE)/config.json browser node
-	OMP_NUM_THREADS=1 $(bin)/python -m pytest $(PYTEST)
+test: $(stamp) $(genai_stamp) $(BASE)/config.json browser node
+	OMP_NUM_THREADS=1 DORA_SERVE_GENAI_PYTHON=$(abspath $(GENAI))/bin/python $(bin)/python -m pytest $(PYTEST)
 ifneq ($(origin PYTEST),command line)
 	@$(MAKE) test-vllm
 endif

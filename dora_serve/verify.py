@@ -14,6 +14,7 @@ from dora_serve.errors import CheckpointError
 from dora_serve.forward_check import ForwardOptions, ForwardReport, check_forward
 from dora_serve.plan import MergePlan
 from dora_serve.progress import OnProgress, ignore_progress
+from dora_serve.quantized.view import codes_in
 from dora_serve.structure_check import config_difference
 from dora_serve.tensor_check import check_tensors
 from dora_serve.tensor_report import TensorReport
@@ -90,6 +91,14 @@ def verify(
     """
     try:
         checkpoint = open_checkpoint(merged)
+        codes = codes_in(checkpoint)
+        if codes is not None:
+            return VerifyReport(
+                None,
+                None,
+                f"{str(merged)!r} is quantized ({codes}), and so equals no merge: the dense one that it was made from "
+                "can be verified, and what quantizing that cost stands in its dora_export.json, if dora-export did it.",
+            )
         tensors = check_tensors(plan, checkpoint, on_progress=on_progress)
     except CheckpointError as error:
         return VerifyReport(None, None, str(error))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -77,11 +76,17 @@ def _nothing_to_check(plan: MergePlan, options: ExportOptions) -> None:
 
 def _check_onnx_architecture(plan: MergePlan, options: ExportOptions) -> None:
     from exporters.onnx.architectures import architecture_of
+    from exporters.onnx.genai import require_genai
     from exporters.onnx.loading import require
+    from exporters.onnx.options import OnnxOptions, require_possible
 
+    chosen = options.onnx or OnnxOptions()
     require("onnx", "onnxscript", "onnxruntime", "transformers")
+    require_possible(chosen)
     if ("architectures",) not in plan.config_changes:
-        architecture_of(plan.base.folder, becomes_dense=True)
+        architecture = architecture_of(plan.base.folder, becomes_dense=True)
+        if chosen.runtime == "genai":
+            require_genai(chosen, architecture)
 
 
 def export_safetensors(given: ExportInput) -> Exported:
@@ -92,19 +97,23 @@ def export_safetensors(given: ExportInput) -> Exported:
 
 
 def export_onnx_folder(given: ExportInput) -> Exported:
-    """ONNX with a KV cache beside the configuration and tokenizer, compared with torch in ONNX Runtime."""
+    """ONNX graphs beside the configuration and tokenizer, compared with torch in ONNX Runtime."""
+    from exporters.onnx.architectures import architecture_of
     from exporters.onnx.export import export_onnx
+    from exporters.onnx.genai import copy_missing, export_genai
+    from exporters.onnx.options import OnnxOptions
 
-    say = _in_words(given.on_progress)
-    exported = export_onnx(given.merged, given.out, given.options.onnx, metadata=given.metadata, on_progress=say)
-    for relative in side_files(given.merged):
-        (given.out / relative).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(given.merged / relative, given.out / relative)
+    say, options = _in_words(given.on_progress), given.options.onnx or OnnxOptions()
+    if options.runtime == "genai":
+        exported = export_genai(given.merged, given.out, options, architecture_of(given.merged), say)
+    else:
+        exported = export_onnx(given.merged, given.out, options, metadata=given.metadata, on_progress=say)
+    copy_missing(given.merged, given.out, side_files(given.merged))
     values: dict[str, object] = {"onnx": exported.to_json()}
     if given.verification is None:
         return Exported(values)
     check = compare_onnx(
-        given.out, given.merged, given.verification.forward, given.device, given.on_progress, given.options.max_kl
+        given.out, given.merged, given.verification.forward, given.device, given.on_progress, given.options
     )
     return Exported({**values, "onnx_check": check.to_json()}, check.failures)
 
@@ -115,7 +124,7 @@ def compare_onnx(
     forward: ForwardReport | None,
     device: str,
     on_progress: OnProgress,
-    max_kl: float | None = None,
+    options: ExportOptions | None = None,
 ) -> OnnxCheck:
     """Graphs against the merged folder and, through what the verification recorded, the unmerged model."""
     from exporters.onnx.check.check import check_onnx
@@ -127,7 +136,8 @@ def compare_onnx(
         samples,
         reference_logits=reference,
         device=device,
-        max_kl=max_kl,
+        max_kl=options.max_kl if options else None,
+        genai_python=options.onnx.genai_python if options and options.onnx else None,
         on_progress=_in_words(on_progress),
     )
 

@@ -22,7 +22,7 @@ from dora_serve.resolve import MERGEABLE_DTYPES
 from dora_serve.verify import VerifyReport, verify
 from exporters.onnx_adapters.adapter_file import open_slotted
 from exporters.onnx_adapters.naming import ADAPTERS, SUFFIX, file_stem
-from exporters.registry import compare_onnx, compare_swapped
+from exporters.registry import ExportOptions, compare_onnx, compare_swapped
 from exporters.safetensors import write_model
 from exporters.sources import Sources, plan_sources
 
@@ -60,9 +60,9 @@ def verify_folder(
     options: ForwardOptions,
     on_progress: OnProgress = ignore_progress,
     *,
-    max_kl: float | None = None,
+    export: ExportOptions | None = None,
 ) -> FolderReport:
-    """Check a merged folder, whoever made it. max_kl: of ONNX graphs, in nats.
+    """Check a merged folder, whoever made it. export: how its ONNX graphs are judged.
 
     Raises PlanError for an adapter that does not fit the base.
     """
@@ -76,7 +76,7 @@ def verify_folder(
         write_model(plan, Path(scratch), metadata={"format": "pt"}, on_progress=on_progress)
         report = verify(plan, Path(scratch), options, on_progress=on_progress)
         device = "cuda" if torch.cuda.is_available() and options.device != "cpu" else "cpu"
-        check = compare_onnx(folder, Path(scratch), report.forward, device, on_progress, max_kl)
+        check = compare_onnx(folder, Path(scratch), report.forward, device, on_progress, export)
     return FolderReport(report, check.to_json(), check.failures)
 
 

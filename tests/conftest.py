@@ -13,6 +13,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Graphs that one test traced serve the others, those in processes of their own too.
 os.environ.setdefault("DORA_SERVE_CACHE", str(ROOT / ".cache"))
+# What `make genai-env` makes.
+os.environ.setdefault("DORA_SERVE_GENAI_PYTHON", str(ROOT / ".venv-genai" / "bin" / "python"))
 
 
 @pytest.fixture(scope="session")

@@ -31,6 +31,7 @@ NEVER = (
     ("dora_serve.engine", "dora_serve.merge", "an engine writes nothing"),
     ("dora_serve.reference", "dora_serve.ops", "the verifier's forward is independent of the code that merged"),
     ("dora_serve.reference", "dora_serve.merge", "the verifier's forward is independent of the code that merged"),
+    ("dora_serve.verify", "dora_serve.quantized.decode", "the verifier decodes by itself"),
     ("dora_serve.verify", "dora_serve.ops", "what merged cannot also be the judge"),
     ("dora_serve.verify", "dora_serve.merge", "what merged cannot also be the judge"),
 )

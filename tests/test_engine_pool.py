@@ -15,7 +15,9 @@ from peft import LoraConfig, get_peft_model
 
 from dora_serve.engine import Completion, Engine, Limits, Request
 from dora_serve.errors import EngineError
-from tests.cases import LINEARS, SIZES, adapt, llama, load, quiet, rewrite_tensors, save
+from dora_serve.norm_scale_file import fingerprint, write_norm_scales
+from dora_serve.stored_norm_scales import stored_norm_scales
+from tests.cases import LINEARS, SIZES, adapt, llama, load, plan, quiet, rewrite_tensors, save
 from tests.engine_oracle import Prompt, greedy, peft_model
 
 PROMPT: Prompt = (1, 5, 9, 30)
@@ -400,3 +402,29 @@ def test_room_that_comes_free_while_a_request_is_refused(world: World, monkeypat
     assert refused == ["b"]
     assert answer.error is None
     assert answer.token_ids == world.signatures["b"]
+
+
+def test_norm_scales_beside_an_adapter_are_taken_for_the_base_they_were_made_for_alone(
+    world: World, tmp_path: Path
+) -> None:
+    base = world.root / "base"
+    scales = stored_norm_scales(plan(base, world.root / "a"))
+    doubled = {name: 2 * scale for name, scale in scales.items()}
+    cases = {
+        "known": (scales, fingerprint(base)),
+        "wrong": (doubled, fingerprint(base)),  # it is believed, so that its being read shows
+        "other": (doubled, "0" * 64),
+    }
+    for name, (values, made_for) in cases.items():
+        write_norm_scales(shutil.copytree(world.root / "a", tmp_path / name), values, made_for)
+    answers = {}
+    engine = Engine(load(base, world.like), files=base)
+    for name in cases:
+        engine.pool.load(name, tmp_path / name)
+        (completion,) = ask(engine, name)
+        answers[name] = tuple(completion.token_ids)
+    assert answers["known"] == answers["other"] == world.signatures["a"]
+    assert answers["wrong"] != world.signatures["a"]
+    fresh = world.engine()  # which knows nothing of files
+    fresh.pool.load("wrong", tmp_path / "wrong")
+    assert tuple(ask(fresh, "wrong")[0].token_ids) == world.signatures["a"]

@@ -303,6 +303,13 @@ def test_float8_is_what_transformers_makes_of_it() -> None:
     assert torch.equal(theirs, (codes.float() * full).bfloat16())
 
 
+@pytest.mark.parametrize("block", [128, [128], [0, 128], "128", [128, None]])
+def test_a_malformed_block_is_an_error(tmp_path: Path, block: Any) -> None:
+    config = {"quantization_config": {"quant_method": "fp8", "weight_block_size": block}}
+    with pytest.raises(CheckpointError, match="weight_block_size"):
+        dense_view(store(tmp_path / "base", {NAME: torch.ones(2, 2)}, **config))
+
+
 # What is wrong with a base is said by name.
 
 

@@ -449,6 +449,11 @@ def test_a_merge_may_be_written_in_four_bits(
     assert made["relative_error"] == pytest.approx((error / norm) ** 0.5, rel=1e-2)
     assert made["differing"] == 0
 
+    assert verified(tmp_path / "dense", world.root / "dora", *where) == 0
+    capsys.readouterr()
+    assert verified(tmp_path / "codes", world.root / "dora", *where) == 1
+    assert "is quantized (bitsandbytes nf4" in capsys.readouterr().out
+
     model = load_quantized(tmp_path / "codes")
     dense_model = load(tmp_path / "dense", llama(**SIZE))
     assert type(model.model.layers[0].self_attn.q_proj).__name__ == "Linear4bit"

@@ -14,6 +14,7 @@ import inspect
 import re
 import threading
 from collections.abc import Mapping, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from dora_serve.engine.base_layers import dense_matrix, is_supported
 from dora_serve.engine.cache import RowCache, step_mask
 from dora_serve.engine.factors import Base, PreparedAdapter
 from dora_serve.engine.generation import Generation, complete
+from dora_serve.engine.known_scales import fingerprint_of
 from dora_serve.engine.loading import load_base
 from dora_serve.engine.pool import AdapterPool, Limits
 from dora_serve.engine.probe import Probe
@@ -43,6 +45,7 @@ class Engine:
 
     tokenizer: None for a model that is given token ids and asked for them. max_rows: so many requests decode at a time.
     device_limits, host_limits: of the pool's tiers, no limit by default. max_rank: larger adapters are refused.
+    files: what the model was loaded from, so that norm scales beside an adapter may be taken for it.
 
     Raises UnavailableError for an architecture whose attention cannot be batched here.
     """
@@ -57,6 +60,7 @@ class Engine:
         device_limits: Limits | None = None,
         host_limits: Limits | None = None,
         label: str = "this base",
+        files: Path | None = None,
     ) -> None:
         self.model, self.tokenizer, self.max_rows = model.eval(), tokenizer, max_rows
         self.config = model.config.get_text_config()
@@ -78,7 +82,7 @@ class Engine:
         require_same_alone(model, lambda tokens, cache: self.forward(None, tokens, cache), self.vocabulary, self.device)
         self._prompts = PromptTokens(tokenizer, self.vocabulary, context_of(self.config))
         self.end_tokens = end_tokens((getattr(model, "generation_config", None), model.config, tokenizer))
-        self.base = Base(label, names, self._layers, self._squared_norm)
+        self.base = Base(label, names, self._layers, self._squared_norm, cache(partial(fingerprint_of, files)))
         self.pool = AdapterPool(
             self.base,
             self.device,
@@ -103,7 +107,7 @@ class Engine:
         Raises CheckpointError, HubError, UnavailableError for a base that cannot be had or is no language model.
         """
         loaded = load_base(base, dtype, device, on_progress)
-        return Engine(loaded.model, loaded.tokenizer, label=loaded.label, **options)
+        return Engine(loaded.model, loaded.tokenizer, label=loaded.label, files=loaded.path, **options)
 
     def generate(self, requests: Sequence[Request], *, max_rows: int | None = None) -> Generation:
         """Answer all requests, at most `max_rows` at a time; iterate over what this returns for the events.

@@ -75,13 +75,15 @@ class PreparedAdapter:
 @dataclass(frozen=True)
 class Base:
     """What preparing needs of the model. layers: the layers that can be adapted, by run-time name. squared_norms:
-    `||w_i||^2` of a layer by name, computed when first asked for and shared by all adapters.
+    `||w_i||^2` of a layer by name, computed when first asked for and shared by all adapters. fingerprint: of the files
+    that the base was loaded from, None where it came from none.
     """
 
     label: str
     names: ModuleNames
     layers: Mapping[str, nn.Module]
     squared_norms: Callable[[str], Tensor]
+    fingerprint: Callable[[], str | None] = lambda: None
 
 
 @torch.inference_mode()
@@ -236,7 +238,7 @@ def _factors(loaded: _Loaded, scale: Tensor | None) -> Factors:
     bias = None
     if weights.lora_bias is not None:
         bias = (weights.lora_bias.load().to(lora_a.device, torch.float64) * weights.scaling).to(dtype)
-    scale = None if scale is None else scale.to(lora_a.device)
+    scale = None if scale is None else scale.to(lora_a.device, dtype)
     columns = loaded.lora_B.to(dtype).T
     # Turned and scaled in one pass: every step of a decode reads it in this order.
     lora_b = torch.mul(columns, weights.scaling, out=columns.new_empty(columns.shape))

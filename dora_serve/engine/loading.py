@@ -26,11 +26,12 @@ _TOKENIZER_FILES = (
 
 @dataclass(frozen=True)
 class LoadedBase:
-    """tokenizer: None where the base has no files of one. label: what errors call it."""
+    """tokenizer: None where the base has no files of one. label: what errors call it. path: where its files are."""
 
     model: Any
     tokenizer: Any
     label: str
+    path: Path
 
 
 def load_base(
@@ -77,7 +78,7 @@ def load_base(
             path=str(located.path),
             missing=missing,
         )
-    return LoadedBase(model, tokenizer, f"the base {str(base)!r}")
+    return LoadedBase(model, tokenizer, f"the base {str(base)!r}", located.path)
 
 
 def load_tokenizer(folder: Path) -> Any:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from dora_serve.adapter import Adapter
 from dora_serve.engine.factors import Base, PreparedAdapter, prepare
+from dora_serve.engine.known_scales import known_scales
 from dora_serve.engine.sound import is_whole, require
 from dora_serve.errors import AdapterError, EngineError
 from dora_serve.formats import ReadOptions, read_adapter
@@ -143,7 +144,7 @@ class AdapterPool:
         folder = Path(os.path.abspath(folder.expanduser()))
         before = _stamps(folder)
         adapter = read_adapter(folder, options)
-        prepared = prepare(name, adapter, self._base, self.max_rank)
+        prepared = prepare(name, adapter, self._base, self.max_rank, known_scales(adapter, self._base))
         files = _unchanged(adapter, before)
         changes = None if self._probe is None else self._probe(prepared)
         with self._lock:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from dora_serve.quantized.codings import Float8Blocks, FourBit, HqqGroups, Int8Rows, QuantizedOnLoad, Transposed
-from dora_serve.quantized.quantize import BlockScales, block_scales, code_of, nearest_codes, quantize_rows
+from dora_serve.quantized.quantize import BlockScales, block_scales, code_of, nearest_values, quantize_rows
 from dora_serve.safetensors_file import TensorEntry, read_bytes, read_range, read_tensor
 
 Decoder = Callable[[int, int], Tensor]
@@ -62,8 +62,10 @@ def _by_blocks(
     """`values * absmax` in float32 for a range, of which `values` are read from the start of a block on."""
     first, last = start // blocksize, -(-stop // blocksize)
     near = values(first * blocksize, stop)
-    padded = functional.pad(near, (0, (last - first) * blocksize - near.numel())).view(-1, blocksize)
-    return (padded * absmax(first, last).unsqueeze(1)).flatten()[start - first * blocksize : stop - first * blocksize]
+    missing = (last - first) * blocksize - near.numel()
+    blocks = (functional.pad(near, (0, missing)) if missing else near).view(-1, blocksize)
+    blocks *= absmax(first, last).unsqueeze(1)
+    return blocks.flatten()[start - first * blocksize : stop - first * blocksize]
 
 
 def _four_bit(entry: TensorEntry, coding: FourBit) -> Decoder:
@@ -160,12 +162,11 @@ def _quantized_on_load(entry: TensorEntry, coding: QuantizedOnLoad) -> Decoder:
 
         return _by_rows(entry, rows)
 
-    kind, size = quantization.kind, quantization.blocksize
+    size = quantization.blocksize
     scales: BlockScales = block_scales(stored, prod(source.shape), quantization)
-    code = code_of(kind)
 
     def values(start: int, stop: int) -> Tensor:
-        return code[nearest_codes(stored(start, stop).float(), scales.absmax, start // size, quantization).int()]
+        return nearest_values(stored(start, stop).float(), scales.absmax, start // size, quantization)
 
     def absmax(first: int, last: int) -> Tensor:
         return scales.restored[first:last]

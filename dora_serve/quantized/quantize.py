@@ -28,7 +28,7 @@ _FP4 = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0, -0.0, -0.0625, -8.0, -12.0, 
 
 _LEAST = 1e-38
 NESTED_BLOCKSIZE = 256
-_STEP_BLOCKS = 1 << 14
+_STEP_BLOCKS = 1 << 12
 
 
 def code_of(quant_type: FourBitType) -> Tensor:
@@ -78,12 +78,23 @@ def block_scales(stored: Callable[[int, int], Tensor], count: int, quantization:
 
 def nearest_codes(values: Tensor, absmax: Tensor, first_block: int, quantization: Quantization) -> Tensor:
     """The 4-bit codes (uint8) of float32 values that begin with a block; absmax is that of all blocks."""
-    kind = quantization.kind
-    assert kind != "int8"
+    assert quantization.kind != "int8"
+    code, order = code_of(quantization.kind).sort()
+    return order.to(torch.uint8)[_nearest_places(values, absmax, first_block, quantization, code)]
+
+
+def nearest_values(values: Tensor, absmax: Tensor, first_block: int, quantization: Quantization) -> Tensor:
+    """What these codes stand for, in float32, before it is multiplied by an absmax again."""
+    assert quantization.kind != "int8"
+    code = code_of(quantization.kind).sort().values
+    return code[_nearest_places(values, absmax, first_block, quantization, code)]
+
+
+def _nearest_places(
+    values: Tensor, absmax: Tensor, first_block: int, quantization: Quantization, code: Tensor
+) -> Tensor:
     blocks = _blocks(values, quantization.blocksize)
-    order = code_of(kind).argsort()
-    found = _nearest(blocks, absmax[first_block : first_block + len(blocks)], code_of(kind)[order])
-    return order[found].flatten()[: values.numel()].to(torch.uint8)
+    return _nearest(blocks, absmax[first_block : first_block + len(blocks)], code).flatten()[: values.numel()]
 
 
 def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -95,11 +106,12 @@ def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def _blocks(values: Tensor, size: int) -> Tensor:
     """(blocks, size), the last filled up with zeros."""
-    return functional.pad(values, (0, -values.numel() % size)).view(-1, size)
+    missing = -values.numel() % size
+    return (functional.pad(values, (0, missing)) if missing else values).view(-1, size)
 
 
 def _nearest(blocks: Tensor, absmax: Tensor, code: Tensor) -> Tensor:
     """Of each value over the absmax of its block, the index of the nearest of the ascending `code`, the lower in a
     tie."""
     scaled = (blocks * (1.0 / absmax.clamp(min=_LEAST)).unsqueeze(1)).clamp_(-1, 1)
-    return torch.bucketize(scaled, (code[:-1] + code[1:]) / 2)
+    return torch.bucketize(scaled, (code[:-1] + code[1:]) / 2, out_int32=True)

@@ -44,6 +44,14 @@ def is_quantized(checkpoint: ShardedCheckpoint) -> bool:
     return bool(_settings(checkpoint))
 
 
+def codes_in(checkpoint: ShardedCheckpoint) -> str | None:
+    """What the weights of a checkpoint are coded with, None where they are dense, whatever its config.json says."""
+    try:
+        return dense_view(checkpoint).quantization
+    except CheckpointError:
+        return None
+
+
 def dense_view(checkpoint: ShardedCheckpoint) -> ShardedCheckpoint:
     """The checkpoint with entries of dense tensors in place of their codes; itself where it is dense already.
 
@@ -166,7 +174,11 @@ def _hqq(checkpoint: ShardedCheckpoint, _: Mapping[str, Any]) -> Found:
 
 def _float8(checkpoint: ShardedCheckpoint, settings: Mapping[str, Any]) -> Found:
     block = settings.get("weight_block_size") or _BLOCK
-    if len(block) != 2 or not all(type(size) is int and size > 0 for size in block):
+    if (
+        not isinstance(block, list | tuple)
+        or len(block) != 2
+        or not all(type(size) is int and size > 0 for size in block)
+    ):
         raise CheckpointError(
             f"config.json of {str(checkpoint.folder)!r} has the weight_block_size {block!r}, wanted two sizes.",
             remedy="Fetch it again.",

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from dora_serve.console import EXIT_FAILED, name_argument, path_argument, read_options
-from exporters.commands import push, slots
+from exporters.commands import onnx, push, slots
 from exporters.commands.shared import Commands, add_base_choice, add_reading_and_json, add_verification, show_progress
 
 EXPORTER_NAMES = ("safetensors", "onnx", "onnx-adapters", "nf4", "nf4-double")
@@ -39,6 +39,7 @@ def add(commands: Commands) -> None:
     parser.add_argument("--keep-failed", action="store_true", help="keep what failed, as OUT.FAILED-VERIFICATION")
     parser.add_argument("--push", type=name_argument, metavar="REPO_ID", help="publish what was made, as push does")
     push.add_publishing(parser)
+    onnx.add(parser)
     slots.add(parser)
     add_base_choice(parser)
     add_verification(parser)
@@ -47,7 +48,7 @@ def add(commands: Commands) -> None:
 
 
 def misused(options: argparse.Namespace) -> str | None:
-    if wrong := slots.misused(options):
+    if wrong := slots.misused(options) or onnx.misused(options):
         return wrong
     if options.push is None:
         if options.public or options.pr or options.unverified or options.revision is not None:
@@ -99,7 +100,7 @@ def run(options: argparse.Namespace) -> int:
         reference=options.reference,
         prompts=options.prompts,
         read=read_options(options),
-        options=ExportOptions(slots=slots.slot_options(options)),
+        options=ExportOptions(onnx.onnx_options(options), options.max_kl, slots.slot_options(options)),
         command=options.given,
     )
     with ExitStack() as stack:

@@ -7,6 +7,7 @@ import json
 from contextlib import ExitStack
 
 from dora_serve.console import EXIT_FAILED, name_argument, read_options
+from exporters.commands import onnx
 from exporters.commands.shared import Commands, add_base_choice, add_reading_and_json, add_verification, show_progress
 
 
@@ -23,6 +24,7 @@ def add(commands: Commands) -> None:
         "--base", type=name_argument, help="the base that it was merged into; default: what the adapter names"
     )
     add_base_choice(parser)
+    onnx.add_judging(parser)
     add_verification(parser)
     add_reading_and_json(parser)
     parser.set_defaults(run=run, misused=misused)
@@ -57,7 +59,9 @@ def _against_its_sources(options: argparse.Namespace) -> int:
     from dora_serve.devices import require_device
     from dora_serve.forward_check import ForwardOptions
     from dora_serve.quantized.base import BaseChoice
+    from exporters.onnx.options import OnnxOptions
     from exporters.pull import check_pulled, pull, without_links
+    from exporters.registry import ExportOptions
     from exporters.report import folder_text, pulled_text
     from exporters.sources import open_sources
     from exporters.verify_folder import require_merged_folder, verify_folder
@@ -72,7 +76,9 @@ def _against_its_sources(options: argparse.Namespace) -> int:
         sources = open_sources(options.adapter, options.base, read_options(options), progress, choice)
         device = None if options.device == "auto" else options.device
         forward = ForwardOptions(options.reference, options.prompts, device)
-        report = verify_folder(stack.enter_context(without_links(pulled)), sources, forward, progress)
+        judged = ExportOptions(OnnxOptions(genai_python=options.genai_python), options.max_kl)
+        folder = stack.enter_context(without_links(pulled))
+        report = verify_folder(folder, sources, forward, progress, export=judged)
     passed = report.passed and (held is None or held.hashes.passed)
     if options.json:
         values = report.to_json()

@@ -49,6 +49,7 @@ class OnnxExport:
     bytes: int
     traced: bool
     notes: tuple[str, ...] = ()
+    runtime: str = "onnxruntime"
 
     @property
     def path(self) -> Path:
@@ -69,6 +70,7 @@ class OnnxExport:
             "bytes": self.bytes,
             "traced": self.traced,
             "notes": list(self.notes),
+            "runtime": self.runtime,
         }
 
 

@@ -18,13 +18,16 @@ QUANTIZED_BITS: Mapping[str, int] = {"int8": 8, "int4": 4}
 class OnnxOptions:
     """opset: of the standard operators, 18 to 24. dtype: of weights, activations and cache. quantize: "int8" or
     "int4" for weights in blocks of 32 with a scale each, None for none. provider: of ONNX Runtime, what the graph is
-    for. cache: the folder of traced graphs, None to trace anew and keep nothing.
+    for. runtime: "genai" for the folder of ONNX Runtime GenAI, whose builder chooses the opset; genai_python: of the
+    environment it is in. cache: the folder of traced graphs, None to trace anew and keep nothing.
     """
 
     opset: int = 23
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     quantize: Literal["int8", "int4"] | None = None
     provider: Literal["cpu", "cuda"] = "cpu"
+    runtime: Literal["onnxruntime", "genai"] = "onnxruntime"
+    genai_python: str | None = None
     cache: Path | None = field(default_factory=default_cache)
 
     @property

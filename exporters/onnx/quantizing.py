@@ -101,7 +101,7 @@ class _Readers:
         found = _Readers()
         for use in weight.uses():
             node = use.node
-            if node.op_type == "Gather" and use.idx == 0 and _attribute(node, "axis", 0) == 0:
+            if use.idx == 0 and _is_lookup(node):
                 found.lookups.append(node)
             elif node.op_type == "Transpose" and len(weight.shape or ()) == 2 and _feeds_products(node):
                 found.transposes.append(node)
@@ -130,6 +130,19 @@ def _chooses(product: onnx_ir.Node) -> bool:
             if use.node.op_type in _ROUTER_OPERATORS:
                 waiting.append(use.node)
     return False
+
+
+def _is_lookup(node: onnx_ir.Node) -> bool:
+    """Whether it takes rows, or whole matrices, along the first axis: how experts are taken is a GatherND of one
+    index."""
+    if node.op_type == "Gather":
+        return _attribute(node, "axis", 0) == 0
+    indices = node.inputs[1] if node.op_type == "GatherND" else None
+    unsqueeze = indices.producer() if indices is not None else None
+    if unsqueeze is None or unsqueeze.op_type != "Unsqueeze" or unsqueeze.inputs[1] is None:
+        return False
+    axes = unsqueeze.inputs[1].const_value
+    return axes is not None and axes.numpy().tolist() == [-1] and _attribute(node, "batch_dims", 0) == 0
 
 
 def _is_stack(lookup: onnx_ir.Node) -> bool:
@@ -243,8 +256,13 @@ def _look_up(model: onnx_ir.Model, node: onnx_ir.Node, rows: onnx_ir.Value, scal
     import onnx_ir
 
     assert rows.shape is not None
+    indices = node.inputs[1]
+    if node.op_type == "GatherND":  # of indices that were given a last axis of one
+        unsqueeze = indices.producer() if indices is not None else None
+        assert unsqueeze is not None
+        indices = unsqueeze.inputs[0]
     attributes = {"gather_axis": 0, "quantize_axis": len(rows.shape) - 1, "block_size": BLOCK_SIZE, "bits": bits}
-    lookup = onnx_ir.node("GatherBlockQuantized", [rows, node.inputs[1], scales], attributes, domain=_DOMAIN)
+    lookup = onnx_ir.node("GatherBlockQuantized", [rows, indices, scales], attributes, domain=_DOMAIN)
     _swap(model, node, [lookup])
 
 

@@ -11,14 +11,14 @@ from dora_serve.errors import CheckpointError, no_such_path
 from exporters.onnx.architectures import architecture_of
 from exporters.onnx.check.answers import Got, Inputs, Weights
 from exporters.onnx.check.comparing import compare
+from exporters.onnx.check.genai_runner import GenaiRunner
 from exporters.onnx.check.memory import why_not_run
-from exporters.onnx.check.onnx_side import run_onnx
+from exporters.onnx.check.onnx_side import Runner, run_onnx
 from exporters.onnx.check.report import OnnxCheck
 from exporters.onnx.check.structure import check_structure
 from exporters.onnx.check.torch_side import half_limits, run_torch
 from exporters.onnx.check.weights import compare_weights, storage_dtype
 from exporters.onnx.loading import load_model, quiet, require
-from exporters.onnx.weight_form import form_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,6 +33,7 @@ def check_onnx(
     device: str = "cpu",
     greedy_tokens: int = 16,
     max_kl: float | None = None,
+    genai_python: str | None = None,
     on_progress: Callable[[str], None] | None = None,
 ) -> OnnxCheck:
     """Compare the graphs in `folder` with the model they were made from, and with the unmerged model where its logits
@@ -56,6 +57,8 @@ def check_onnx(
 
     device: "cuda" puts torch on the GPU, and ONNX Runtime where it has its CUDA provider (with TF32 off).
     max_kl: fail above this mean KL divergence from torch's float32, in nats, in place of the dtype's own limit.
+    genai_python: of the environment of onnxruntime-genai, for a folder of its builder; that runtime gives the greedy
+    tokens then. Its weights have names and forms of their own, and are judged by what they compute.
 
     Where memory does not suffice for the model in torch, the graphs' weights and structure are compared all the same,
     and `not_run` says what was not. Raises ValueError for samples that cannot be compared, CheckpointError and
@@ -76,8 +79,10 @@ def check_onnx(
     failures: list[str] = []
     with quiet(), torch.no_grad():
         tell("checking the graphs")
-        check_structure(graphs, failures)
         dtype, quantize = _numbers(graphs)
+        genai = (folder / "genai_config.json").is_file()
+        if not genai:  # its graphs use operators of ONNX Runtime's that ONNX's checker takes for its own
+            check_structure(graphs, failures)
         too_large = why_not_run(model_folder, folder)
         if too_large is not None:
             weights = compare_weights(graphs, model_folder, lambda name: None, failures)
@@ -86,7 +91,7 @@ def check_onnx(
         # Eager everything: what the exporter traced is sdpa and batched_mm.
         model = load_model(model_folder, attention="eager", experts="eager")
         state: Mapping[str, Tensor] = model.state_dict()
-        weights = compare_weights(graphs, model_folder, state.get, failures)
+        weights = Weights(0, 0) if genai else compare_weights(graphs, model_folder, state.get, failures)
         torch.nn.Module.to(model, device)
         stored = storage_dtype(model_folder) if reference_logits is not None else None
         expected = run_torch(model, samples, greedy_tokens, stored)
@@ -94,10 +99,15 @@ def check_onnx(
         if dtype != "float32":
             tolerance, kl_limit = half_limits(model_folder, getattr(torch, dtype), device, samples, expected)
             expected = replace(expected, tolerance=tolerance, kl_limit=kl_limit)
-        if reason := _no_provider(dtype):
+        if reason := _no_provider(dtype, device):
             return _not_run(dtype, weights, reason, len(samples), failures)
         tell("running ONNX Runtime")
-        got: Got = run_onnx(folder, device, architecture, samples, greedy_tokens, failures)
+
+        def genai_runner() -> Runner:
+            return GenaiRunner(folder, device, architecture, samples, genai_python)
+
+        make = genai_runner if genai else None
+        got: Got = run_onnx(folder, device, architecture, samples, greedy_tokens, failures, make=make)
     return compare(
         expected,
         got,
@@ -113,36 +123,34 @@ def check_onnx(
 
 
 def _numbers(graphs: Sequence[Path]) -> tuple[str, str | None]:
-    """The dtype that most of the graphs' floating weights have, and how weights are quantized."""
+    """The dtype that most of the graphs' floating weights have, and how weights are quantized, as the nodes say."""
     import onnx_ir
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
     names = {"FLOAT": "float32", "FLOAT16": "float16", "BFLOAT16": "bfloat16"}
     sizes: dict[str, int] = {}
-    quantize = None
+    bits: set[int] = set()
     for path in graphs:
         try:
-            initializers = onnx_ir.load(path).graph.initializers
+            graph = onnx_ir.load(path).graph
         except DecodeError:
             continue  # the structure's check says so
-        for name, value in initializers.items():
-            if value.const_value is None:
-                continue
-            bits = form_of(name).bits
-            quantize = f"int{bits}" if bits is not None else quantize
-            kind = names.get(value.const_value.dtype.name)
-            if kind is not None:
+        for value in graph.initializers.values():
+            kind = names.get(value.const_value.dtype.name) if value.const_value is not None else None
+            if kind is not None and value.const_value is not None:
                 sizes[kind] = sizes.get(kind, 0) + int(value.const_value.size)
-    return max(sizes, key=lambda kind: sizes[kind], default="float32"), quantize
+        bits |= {int(node.attributes["bits"].as_int()) for node in graph if node.op_type == "MatMulNBits"}
+    return max(sizes, key=lambda kind: sizes[kind], default="float32"), f"int{min(bits)}" if bits else None
 
 
-def _no_provider(dtype: str) -> str | None:
-    """Why no provider of this machine runs graphs of that dtype."""
+def _no_provider(dtype: str, device: str) -> str | None:
+    """Why graphs of that dtype are not run on that device."""
     import onnxruntime
 
-    if dtype != "bfloat16" or "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+    cuda = device.startswith("cuda") and "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+    if dtype != "bfloat16" or cuda:
         return None
-    return "bfloat16 graphs run on CUDA only, and ONNX Runtime has no CUDA provider here: nothing was run."
+    return "bfloat16 graphs run on CUDA only, which is not here: the weights and the structure were compared."
 
 
 def _not_run(dtype: str, weights: Weights, reason: str, prompts: int, failures: list[str]) -> OnnxCheck:

@@ -55,10 +55,14 @@ def run_onnx(
     greedy_tokens: int,
     failures: list[str],
     feeding: Feeding = NOTHING,
+    make: Callable[[], Runner] | None = None,
 ) -> Got:
-    """Everything that ONNX Runtime is to compute; what it refuses goes to `failures`."""
+    """Everything that ONNX Runtime is to compute; what it refuses goes to `failures`.
+
+    make: the runner, where it is not the one of the architecture's kind.
+    """
     try:
-        runner = _RUNNERS[kind_of(architecture)](folder, device, architecture, feeding)
+        runner = make() if make else _RUNNERS[kind_of(architecture)](folder, device, architecture, feeding)
         answers = [runner.whole(sample) for sample in samples]
         steps = [runner.stepwise(sample) for sample in samples]
         began = time.perf_counter()

@@ -51,11 +51,15 @@ class Session:
         self.provider: str = self._session.get_providers()[0]
         self.outputs = [output.name for output in self._session.get_outputs()]
         self.inputs = {each.name: each for each in self._session.get_inputs()}
+        self.head_size = 0  # where the graph does not say it
         self.past = [name for name in self.inputs if name.startswith("past_key_values.")]
 
     def empty_cache(self, batch: int) -> dict[str, Array]:
         shapes = {name: self.inputs[name].shape for name in self.past}
-        return {name: np.zeros((batch, heads, 0, width), np.float32) for name, (_, heads, _, width) in shapes.items()}
+        return {
+            name: np.zeros((batch, heads, 0, width if isinstance(width, int) else self.head_size), np.float32)
+            for name, (_, heads, _, width) in shapes.items()
+        }
 
     def run(self, known: Mapping[str, Array]) -> tuple[dict[str, Array], dict[str, Array]]:
         """The outputs, and the cache with what was given in it. known: of these the graph takes what it has inputs

@@ -1,0 +1,97 @@
+"""`--runtime genai`: folders of onnxruntime-genai's builder, in the environment that `make genai-env` makes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import transformers
+
+from dora_serve.errors import OutputError, UnavailableError
+from exporters.onnx.check.answers import token_inputs
+from exporters.onnx.check.check import check_onnx
+from exporters.onnx.check.report import OnnxCheck
+from exporters.onnx.export import OnnxExport
+from exporters.onnx.genai import export_genai, genai_environment, require_genai
+from exporters.onnx.options import OnnxOptions
+from tests.engine_tokenizers import byte_tokenizer
+from tests.onnx_models import GROUPED, PROMPTS, save
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    sizes = {**GROUPED, "vocab_size": 259, "hidden_size": 64}
+    save(transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, tie_word_embeddings=True)), folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def export(model: Path, out: Path, **options: str) -> OnnxExport:
+    out.mkdir()
+    return export_genai(model, out, OnnxOptions(runtime="genai", **options), "LlamaForCausalLM")  # type: ignore[arg-type]
+
+
+def check(model: Path, out: Path) -> OnnxCheck:
+    return check_onnx(out, model, token_inputs(PROMPTS))
+
+
+def test_a_folder_agrees_with_torch_and_generates_the_same(model: Path, tmp_path: Path) -> None:
+    made = export(model, tmp_path / "out")
+    assert made.runtime == "genai"
+    assert "right" in made.notes[0]
+    assert {"model.onnx", "genai_config.json", "tokenizer.json"} <= {path.name for path in made.folder.iterdir()}
+    report = check(model, made.folder)
+    assert report.failures == ()
+    assert report.greedy_equal == report.greedy_total == len(PROMPTS)
+    assert report.kl is not None
+    assert report.kl < 1e-8
+    assert report.tolerance is not None
+
+
+def test_the_loss_of_a_quantized_folder_is_measured(model: Path, tmp_path: Path) -> None:
+    made = export(model, tmp_path / "out", quantize="int8")
+    report = check(model, made.folder)
+    assert report.failures == ()
+    assert report.tolerance is None
+    assert report.kl is not None
+    assert 1e-8 < report.kl < 0.1
+
+
+def test_the_folder_of_another_model_fails(model: Path, tmp_path: Path) -> None:
+    """As one whose adapter was ignored: the graph of the base, compared with the merged model."""
+    made = export(model, tmp_path / "out")
+    sizes = {**GROUPED, "vocab_size": 259, "hidden_size": 64, "rms_norm_eps": 0.05}
+    other = save(
+        transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, tie_word_embeddings=True)), tmp_path / "other"
+    )
+    report = check(other, made.folder)
+    assert any("whole prompt" in failure for failure in report.failures)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_on_the_cpu_is_refused(dtype: str) -> None:
+    with pytest.raises(UnavailableError, match=dtype):
+        require_genai(OnnxOptions(dtype=dtype, runtime="genai"), "LlamaForCausalLM")  # type: ignore[arg-type]
+
+
+def test_an_architecture_that_the_builder_does_not_know_is_refused_by_name() -> None:
+    with pytest.raises(UnavailableError, match=r"GPT2LMHeadModel.*LlamaForCausalLM"):
+        require_genai(OnnxOptions(runtime="genai"), "GPT2LMHeadModel")
+
+
+def test_an_environment_without_the_package_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UnavailableError, match="make genai-env"):
+        genai_environment(sys.executable)
+    with pytest.raises(UnavailableError, match="cannot be run"):
+        genai_environment(str(tmp_path / "python"))
+
+
+def test_a_builder_that_fails_says_why(model: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "model"
+    broken.mkdir()
+    (broken / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"], "model_type": "llama"}))
+    with pytest.raises(OutputError, match="builder"):
+        export(broken, tmp_path / "out")
