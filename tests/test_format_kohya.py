@@ -118,6 +118,7 @@ def test_every_element_is_the_formula(tmp_path: Path, on_output: bool, saved: to
     }
     check_weights(base, file, tmp_path / "merged", wanted)
     check_reference(base, file, wanted)
+    assert any("16 bits" in note for note in read_adapter(file).notes) == (saved != torch.float32)
 
 
 # Hand-written files

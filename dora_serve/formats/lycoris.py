@@ -9,6 +9,7 @@ its eps in the metadata.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -41,7 +42,15 @@ def read(path: Path, options: ReadOptions) -> Adapter:
 
         return to_norm
 
-    return read_kohya(path, options, "lycoris", norms)
+    adapter = read_kohya(path, options, "lycoris", norms)
+    large = {module.norm.eps for module in adapter.modules} - {0.0, torch.finfo(torch.float32).eps}
+    if not large or options.norm_eps is not None:
+        return adapter
+    note = (
+        f"dora_scale is of 16 bits, whose epsilon of {max(large):.3g} was added to the norms as LyCORIS does when it "
+        f"trains in them; if only the file was saved so, say --norm-eps {torch.finfo(torch.float32).eps}."
+    )
+    return replace(adapter, notes=(*adapter.notes, note))
 
 
 def _said_eps(weights: Weights) -> float | None:

@@ -90,6 +90,13 @@ def read_peft_config(folder: Path, ignore: frozenset[str]) -> PeftConfig:
     path = folder / CONFIG_NAME
     raw = read_config(folder)
     peft_type = raw.get("peft_type")
+    if peft_type == "XLORA":
+        raise UnmergeableError(
+            f"The adapter cannot be merged: {str(path)!r} says peft_type 'XLORA', and X-LoRA mixes its adapters anew "
+            "for every token.",
+            remedy="Serve it unmerged with the library that trained it, or merge one of its adapters alone.",
+            peft_type=peft_type,
+        )
     if peft_type != "LORA":
         raise AdapterError(
             f"{str(path)!r} says peft_type {peft_type!r}, wanted 'LORA'.",
