@@ -327,7 +327,14 @@ def test_a_grouped_convolution_is_refused(tmp_path: Path) -> None:
         adapted.merge_and_unload()
 
 
-@pytest.mark.parametrize("peft_type", ["XLORA", "LOHA", "IA3", None])
+def test_xlora_is_refused_with_the_reason(kept: Mapping[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(kept["lora"], tmp_path / "adapter")
+    rewrite_json(tmp_path / "adapter" / CONFIG, peft_type="XLORA")
+    with pytest.raises(UnmergeableError, match="anew for every token"):
+        read_adapter(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("peft_type", ["LOHA", "IA3", None])
 def test_another_method_is_refused_by_name(peft_type: str | None, kept: Mapping[str, Path], tmp_path: Path) -> None:
     shutil.copytree(kept["lora"], tmp_path / "adapter")
     rewrite_json(tmp_path / "adapter" / CONFIG, peft_type=peft_type)
