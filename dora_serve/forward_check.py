@@ -45,9 +45,11 @@ from torch import Tensor
 from dora_serve.adapter import Adapter
 from dora_serve.checkpoint import ShardedCheckpoint, open_checkpoint, read_json
 from dora_serve.comparison import Comparison, Tolerance, compare, dtype_name, scale_of
+from dora_serve.denoiser_inputs import denoiser_samples, nested
 from dora_serve.errors import CheckpointError, DoraServeError, PlanError, UnavailableError
+from dora_serve.model_classes import DIFFUSERS_KEY, ModelClass
 from dora_serve.progress import OnProgress, Progress, ignore_progress
-from dora_serve.prompts import Sample, make_samples, read_prompts, room_for
+from dora_serve.prompts import Sample, Samples, make_samples, read_prompts, room_for
 from dora_serve.quiet import quiet_transformers
 from dora_serve.reference import Attached, attach_adapter
 from dora_serve.reference_load import from_tensors
@@ -74,6 +76,7 @@ class ForwardOptions:
 class ForwardReport:
     """What the forward check found.
 
+    output: what was compared, "logits", "hidden states", or the "output" of a denoiser.
     ran: whether both models were run; if not, `reason` says why, and `failures` is empty where the merged folder is
     not what stopped it. All comparisons are with the unmerged model in the wider dtype: base, whose difference is the
     adapter's effect; rounded, the formula's weights rounded to the deployed dtype and run in the wider one;
@@ -91,6 +94,7 @@ class ForwardReport:
     reference: str = "native"
     device: str = "cpu"
     architecture: str | None = None
+    output: str = "logits"
     wide_dtype: str | None = None
     deployed_dtype: str | None = None
     inputs: str | None = None
@@ -163,28 +167,32 @@ def check_forward(
     options: ForwardOptions | None = None,
     *,
     base: ShardedCheckpoint | None = None,
+    tokenizer_folder: Path | None = None,
     on_progress: OnProgress = ignore_progress,
 ) -> ForwardReport:
     """Compare the merged folder with the unmerged model on the same inputs.
 
     base: the tensors of the base, where its folder holds others or only codes of them (dora_serve.quantized).
+    tokenizer_folder: where the tokenizer lies, for a component of a pipeline; by default in the base's folder.
 
     Raises DoraServeError for prompts that cannot be read, UnavailableError without transformers (or PEFT, where it is
     asked for); everything else that stops it is in the report.
     """
     options = options or ForwardOptions()
-    _require("transformers", "verify")
+    require_package("transformers", "verify")
     if options.reference == "peft":
-        _require("peft", "peft")
+        require_package("peft", "peft")
     prompts = read_prompts(options.prompts) if options.prompts is not None else None
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     coded = base if base is not None and base.quantization is not None else None
-    check = _Check(base_folder, adapter, merged_folder, options, prompts, device, on_progress, coded)
+    place = tokenizer_folder or base_folder
+    check = _Check(base_folder, adapter, merged_folder, options, prompts, device, on_progress, place, coded)
     with quiet_transformers(), _full_precision(), torch.inference_mode():
         return check.run()
 
 
-def _require(package: str, extra: str) -> None:
+def require_package(package: str, extra: str) -> None:
+    """Raise UnavailableError, with the extra that brings it, where a package is not installed."""
     if importlib.util.find_spec(package) is None:
         raise UnavailableError(
             f"The forward check needs {package}, which is not installed.",
@@ -204,10 +212,12 @@ class _Check:
     prompts: tuple[str, ...] | None
     device: str
     on_progress: OnProgress
+    tokenizer_folder: Path
     coded_base: ShardedCheckpoint | None = None
-    architecture: str = ""
+    model_class: ModelClass | None = None
     causal: bool = False
     inputs: str = ""
+    output: str = "logits"
     samples: list[Sample] = field(default_factory=list)
     unmerged: list[Tensor] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -252,6 +262,7 @@ class _Check:
             reference=self.options.reference,
             device=self.device,
             architecture=self.architecture,
+            output=self.output,
             wide_dtype=dtype_name(wide),
             deployed_dtype=dtype_name(deployed),
             inputs=self.inputs,
@@ -284,26 +295,29 @@ class _Check:
             architecture=self.architecture or None,
         )
 
+    @property
+    def architecture(self) -> str:
+        return self.model_class.name if self.model_class else ""
+
     def _find_architecture(self) -> Mapping[str, object]:
         """The class of both models, into self; returns the merged folder's configuration."""
-        import transformers
-
         base = _config(self.base_folder)
         try:
             merged = _config(self.merged_folder)
         except _CannotRun as stop:
             raise _MergedCannotRun(str(stop)) from stop
-        named = merged.get("architectures") or base.get("architectures")
-        if not isinstance(named, list) or not named:
-            raise _CannotRun(f"The config.json of {str(self.merged_folder)!r} names no architecture.")
-        self.architecture = str(named[0])
-        known = getattr(transformers, self.architecture, None)
-        if not (isinstance(known, type) and issubclass(known, transformers.PreTrainedModel)):
-            raise _CannotRun(
-                f"{self.architecture} is no architecture of transformers {transformers.__version__}, and code that "
-                "comes with a model is not run."
-            )
+        if DIFFUSERS_KEY in merged or DIFFUSERS_KEY in base:
+            require_package("diffusers", "diffusers")
+        try:
+            self.model_class = ModelClass.of(self.merged_folder, merged, base)
+        except ValueError as error:
+            raise _CannotRun(str(error)) from error
         return merged
+
+    def _make_samples(self, model: Any) -> Samples:
+        if self.model_class is not None and self.model_class.library == "diffusers":
+            return denoiser_samples(model)
+        return make_samples(model, self.tokenizer_folder, self.prompts, _trained_tokens(self.adapter))
 
     def _unmerged_wide(
         self, wide: torch.dtype, rounded_to: torch.dtype | None
@@ -315,7 +329,7 @@ class _Check:
         with ExitStack() as stack:
             model, attached = self._attach(stack, wide)
             with _as_cannot_run(f"{self.architecture} does not run"):
-                made = make_samples(model, self.base_folder, self.prompts, _trained_tokens(self.adapter))
+                made = self._make_samples(model)
             self.inputs = made.description
             self.notes += made.notes
             self.causal = any(sample.grows == "input_ids" for sample in made.samples)
@@ -324,7 +338,8 @@ class _Check:
                 with _as_cannot_run(f"{self.architecture} does not run on {made.description}"):
                     tokens = _greedy(model, sample, self.options.greedy_tokens)
                     self.samples.append(sample.continued(tokens))
-                    self.unmerged.append(_logits(model, self.samples[-1]).cpu())
+                    self.output, scores = _scores(model, self.samples[-1])
+                    self.unmerged.append(scores.cpu())
                 self._tick()
             if attached is not None and attached.uncalled:
                 self.notes.append(_uncalled(attached))
@@ -404,35 +419,21 @@ class _Check:
 
     def _load(self, folder: Path, dtype: torch.dtype) -> Any:
         """A model as its user would load it, in eval mode and on the device. The one before it is gone by now."""
-        import transformers
-
+        assert self.model_class is not None
+        library = self.model_class.library
         gc.collect()
         if self.device.startswith("cuda"):
             torch.cuda.empty_cache()
-        with _as_cannot_run(f"transformers cannot load {str(folder)!r} as {self.architecture}"):
-            model_class = getattr(transformers, self.architecture)
-            if folder == self.base_folder and self.coded_base is not None:
-                model, info = from_tensors(model_class, self.coded_base, dtype)
-            else:
-                model, info = model_class.from_pretrained(
-                    folder,
-                    dtype=dtype,
-                    local_files_only=True,
-                    trust_remote_code=False,
-                    use_safetensors=True,
-                    output_loading_info=True,
-                )
-            if dtype == torch.float64 and hasattr(model, "set_experts_implementation"):
-                model.set_experts_implementation("eager")  # the grouped product has no float64
-            model = model.to(self.device).eval()
-        missing = sorted(info["missing_keys"])
+        with _as_cannot_run(f"{library} cannot load {str(folder)!r} as {self.architecture}"):
+            coded = self.coded_base if folder == self.base_folder else None
+            model, missing = self.model_class.load(folder, dtype, self.device, coded)
         if folder == self.base_folder:
             brought = tuple(change.name for change in self.adapter.replacements)
             missing = [name for name in missing if not name.endswith(brought)]
         if missing:
             shown = f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}"
             raise _CannotRun(
-                f"{str(folder)!r} lacks {shown}, which {self.architecture} needs: transformers would make random "
+                f"{str(folder)!r} lacks {shown}, which {self.architecture} needs: {library} would make random "
                 "numbers of it."
             )
         return model
@@ -441,7 +442,7 @@ class _Check:
         def runs() -> Iterator[tuple[Sample, Tensor, Tensor]]:
             for sample, unmerged in zip(self.samples, self.unmerged, strict=True):
                 with _as_cannot_run(failing):
-                    logits = _logits(model, sample)
+                    _, logits = _scores(model, sample)
                 if logits.shape != unmerged.shape:
                     raise _CannotRun(f"{failing}: its output is {list(logits.shape)}, wanted {list(unmerged.shape)}.")
                 yield sample, unmerged, logits
@@ -467,7 +468,7 @@ def measure_loss(checkpoint: ShardedCheckpoint, forward: ForwardReport, device: 
     with quiet_transformers(), _full_precision(), torch.inference_mode():
         model = from_tensors(model_class, checkpoint, torch.float32)[0].to(device).eval()
         pairs = zip(forward.samples, forward.unmerged_logits, strict=True)
-        runs = ((sample, unmerged, _logits(model, sample)) for sample, unmerged in pairs)
+        runs = ((sample, unmerged, _scores(model, sample)[1]) for sample, unmerged in pairs)
         return compare(runs, causal=any(sample.grows == "input_ids" for sample in forward.samples))
 
 
@@ -513,22 +514,31 @@ def _call(model: Any, inputs: Mapping[str, Tensor], **options: Any) -> Any:
         name: value.to(device=model.device, dtype=model.dtype if value.is_floating_point() else None)
         for name, value in inputs.items()
     }
-    return model(**moved, **options)
+    return model(**nested(moved), **options)
 
 
-def _logits(model: Any, sample: Sample) -> Tensor:
-    """(positions, classes): token or class logits, or the last hidden state of a model without a head."""
+def _scores(model: Any, sample: Sample) -> tuple[str, Tensor]:
+    """What a model puts out, in a word, and as (positions, classes): token or class logits, the hidden states of a
+    model without a head, with the projection where a text encoder has one, or what a denoiser makes of its latents."""
     output = _call(model, sample.inputs)
-    for name in ("logits", "logits_per_image", "last_hidden_state"):
+    denoised = getattr(output, "sample", None)
+    if isinstance(denoised, Tensor):
+        channels_last = denoised.movedim(1, -1) if denoised.ndim > 3 else denoised
+        return "output", channels_last.flatten(0, -2)
+    hidden, projected = getattr(output, "last_hidden_state", None), getattr(output, "text_embeds", None)
+    if isinstance(hidden, Tensor) and isinstance(projected, Tensor):
+        width = math.gcd(hidden.shape[-1], projected.shape[-1])
+        return "hidden states", torch.cat([hidden.reshape(-1, width), projected.reshape(-1, width)])
+    for name, what in (("logits", "logits"), ("logits_per_image", "logits"), ("last_hidden_state", "hidden states")):
         value = getattr(output, name, None)
         if isinstance(value, Tensor):
-            return value.flatten(0, -2)
+            return what, value.flatten(0, -2)
     floating = [value for value in output.to_tuple() if isinstance(value, Tensor) and value.is_floating_point()]
     if len(floating) > 1 and floating[0].shape == floating[1].shape:
-        return torch.stack(floating[:2]).flatten(0, -2)  # the start and end of an answer
+        return "logits", torch.stack(floating[:2]).flatten(0, -2)  # the start and end of an answer
     if not floating:
         raise ValueError("its output holds no tensor")
-    return floating[0].flatten(0, -2)
+    return "output", floating[0].flatten(0, -2)
 
 
 def _greedy(model: Any, sample: Sample, count: int) -> list[int]:

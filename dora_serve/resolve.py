@@ -650,7 +650,8 @@ def _finish(draft: _Draft, adapter: Adapter, dtype: torch.dtype | None) -> Merge
     draft.config_changes.update(dict.fromkeys(quantization_paths(base.config)))
     if dtype is not None:
         label = str(dtype).removeprefix("torch.")
-        for path in _dtype_paths(base.config) or [("dtype",)]:
+        # diffusers keeps no dtype in a configuration, and warns of keys that it does not know.
+        for path in _dtype_paths(base.config) or ([] if "_class_name" in base.config else [("dtype",)]):
             draft.config_changes[path] = label
     return MergePlan(
         base=base,

@@ -82,9 +82,12 @@ def verify(
     merged: Path,
     options: ForwardOptions | None = None,
     *,
+    tokenizer_folder: Path | None = None,
     on_progress: OnProgress = ignore_progress,
 ) -> VerifyReport:
     """Check the folder `merged` against `plan`, which names the base and the adapter.
+
+    tokenizer_folder: where that of a pipeline's text encoder lies; a model's own is in its folder.
 
     Raises UnavailableError without transformers, DoraServeError for prompts that cannot be read; whatever is wrong
     with `merged` itself is in the report. Peak memory: one model at a time, and logits.
@@ -102,5 +105,13 @@ def verify(
         tensors = check_tensors(plan, checkpoint, on_progress=on_progress)
     except CheckpointError as error:
         return VerifyReport(None, None, str(error))
-    forward = check_forward(plan.base.folder, plan.adapter, merged, options, base=plan.base, on_progress=on_progress)
+    forward = check_forward(
+        plan.base.folder,
+        plan.adapter,
+        merged,
+        options,
+        base=plan.base,
+        tokenizer_folder=tokenizer_folder,
+        on_progress=on_progress,
+    )
     return VerifyReport(tensors, forward, config=config_difference(plan, checkpoint))

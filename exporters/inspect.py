@@ -10,16 +10,17 @@ from math import prod
 from pathlib import Path
 
 from dora_serve.adapter import Adapter, LazyTensor
-from dora_serve.checkpoint import open_checkpoint
 from dora_serve.decomposition import Decomposition, decompose
-from dora_serve.errors import CheckpointError, PlanError
+from dora_serve.errors import CheckpointError, DoraServeError, PlanError
 from dora_serve.formats import ReadOptions, read_adapter
 from dora_serve.hub import locate, split_spec
 from dora_serve.hub_files import What
 from dora_serve.hub_headers import Outline, locate_headers, whole
+from dora_serve.pipeline_plan import PipelinePlan
+from dora_serve.plan import MergePlan
 from dora_serve.progress import OnProgress, ignore_progress
 from dora_serve.terminal import format_bytes
-from exporters.sources import Sources, base_notes, plan_sources
+from exporters.sources import Sources, base_notes, open_base, plan_sources
 
 
 @dataclass(frozen=True)
@@ -132,11 +133,11 @@ def _inspect(
     if base is not None:
         located = find(base, "base").located
         notes += base_notes(contents, located)
-        sources = Sources(located, found, open_checkpoint(located.path), contents)
+        sources = Sources(located, found, open_base(located.path), contents)
         try:
             planned = plan_sources(sources)
             plan = planned.summary()
-            decomposition = decompose(planned, decomposing) if decomposing else None
+            decomposition = _decompose(planned, decomposing) if decomposing else None
         except PlanError as error:
             problems = tuple(str(problem) for problem in error.problems)
         except CheckpointError as error:
@@ -179,6 +180,15 @@ def _notes(outline: Outline) -> tuple[str, ...]:
         return ()
     read, whole = format_bytes(outline.fetched), format_bytes(outline.nbytes)
     return (f"Only the header was read, {read} of {whole}; a value that is NaN or infinite is found by a merge.",)
+
+
+def _decompose(plan: MergePlan | PipelinePlan, on_progress: OnProgress) -> Decomposition:
+    if isinstance(plan, PipelinePlan):
+        raise DoraServeError(
+            "What an adapter changes is told of one model, and this base is a pipeline of several.",
+            remedy="Leave out --decompose and --plot.",
+        )
+    return decompose(plan, on_progress)
 
 
 def _tensors(adapter: Adapter) -> list[LazyTensor]:

@@ -6,25 +6,26 @@ import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
 
 from dora_serve.devices import require_device
-from dora_serve.errors import VerificationError
+from dora_serve.errors import DoraServeError, VerificationError
 from dora_serve.formats import ReadOptions
-from dora_serve.forward_check import ForwardOptions
+from dora_serve.forward_check import ForwardOptions, require_package
 from dora_serve.output import new_folder
-from dora_serve.plan import MergePlan, MergeReport
+from dora_serve.pipeline_plan import PipelinePlan
+from dora_serve.pipeline_verify import PipelineReport, require_native
 from dora_serve.progress import OnProgress, ignore_progress
 from dora_serve.quantized.base import BaseChoice
 from dora_serve.safetensors_file import replace_metadata
-from dora_serve.verify import VerifyReport, verify
 from exporters.onnx_adapters.naming import file_stem
-from exporters.record import Provenance, hash_files, record, safetensors_metadata, write_record
-from exporters.registry import EXPORTERS, Exported, ExportInput, ExportOptions
-from exporters.safetensors import write_model
+from exporters.parts import AnyPlan, AnyReport, Written, models_of, reports_of, verify_plan, write_plan
+from exporters.record import Provenance, hash_files, record, safetensors_metadata, verified_metadata, write_record
+from exporters.registry import EXPORTERS, Exported, ExportInput, ExportOptions, place
 from exporters.sources import Sources, open_sources, plan_sources
 
 DTYPES: Mapping[str, torch.dtype] = {
@@ -68,20 +69,23 @@ class Export:
     """What was made. record: the contents of dora_export.json. failures: of a verification, where they were allowed."""
 
     out: Path
-    plan: MergePlan
-    merged: MergeReport
-    verification: VerifyReport | None
+    plan: AnyPlan
+    merged: Written
+    verification: AnyReport | None
     exported: Exported
     record: Mapping[str, object]
     failures: tuple[str, ...] = ()
 
 
-def plan_export(request: ExportRequest, on_progress: OnProgress = ignore_progress) -> tuple[Sources, MergePlan]:
+def plan_export(request: ExportRequest, on_progress: OnProgress = ignore_progress) -> tuple[Sources, AnyPlan]:
     """Everything before the first byte is written."""
     require_device(request.device)
     sources = open_sources(request.adapter, request.base, request.read, on_progress, request.base_choice)
     plan = plan_sources(sources, DTYPES[request.dtype] if request.dtype else None)
-    EXPORTERS[request.to].preflight(plan, request.options)
+    if isinstance(plan, PipelinePlan):
+        _require_for_pipeline(request)
+    else:
+        EXPORTERS[request.to].preflight(plan, request.options)
     return sources, plan
 
 
@@ -100,37 +104,45 @@ def run_export(request: ExportRequest, on_progress: OnProgress = ignore_progress
         stage = folder / ".merged"
         stage.mkdir()
         adapter_hashes = hash_files(plan.adapter.files)
-        base_files = [file.path for file in sources.checkpoint.files.values()]
+        models = models_of(plan)
+        base_files = [file.path for model in models.values() for file in model.base.files.values()]
+        root = sources.base.path if isinstance(plan, PipelinePlan) else None
         # As long as what takes its place once the verification has read the base anyway.
-        pending = {path.name: "pending".ljust(64, ".") for path in base_files} if request.verify else None
+        names = [path.relative_to(root).as_posix() if root else path.name for path in base_files]
+        pending = {name: "pending".ljust(64, ".") for name in names} if request.verify else None
         provenance = Provenance(sources.base, sources.adapter, request.command, adapter_hashes, pending)
-        metadata = safetensors_metadata(plan, provenance)
-        merged = write_model(plan, stage, metadata=metadata, device=merge_device, on_progress=on_progress)
+        metadata = partial(safetensors_metadata, provenance=provenance)
+        merged = write_plan(plan, stage, metadata, device=merge_device, on_progress=on_progress)
         verification = None
         failures: tuple[str, ...] = ()
         if request.verify:
             options = ForwardOptions(request.reference, request.prompts, verify_device)
-            verification = verify(plan, stage, options, on_progress=on_progress)
+            verification = verify_plan(plan, stage, options, on_progress)
             failures = _failures(verification)
             if failures and not request.unproven:
                 raise _failed(request, folder, stage, failures, verification)
-            provenance = replace(provenance, base_hashes=hash_files(base_files, on_progress))
-            metadata = safetensors_metadata(plan, provenance) | {"merged_verification": _verdict(verification)}
-            for name in plan.files:
-                replace_metadata(stage / name, metadata)
-        exported = exporter.run(
-            ExportInput(
-                merged=stage,
-                out=folder,
-                plan=plan,
-                name=file_stem(sources.adapter.spec),
-                options=request.options,
-                verification=verification,
-                metadata=metadata,
-                device=verify_device,
-                on_progress=on_progress,
+            provenance = replace(provenance, base_hashes=hash_files(base_files, on_progress, root=root))
+            metadata = partial(verified_metadata, provenance=provenance, verdict=_verdict(verification))
+            for name, model in models.items():
+                for file in model.files:
+                    replace_metadata(stage / name / file, metadata(model))
+        if isinstance(plan, PipelinePlan):
+            exported = place(stage, folder)
+        else:
+            assert not isinstance(verification, PipelineReport)
+            exported = exporter.run(
+                ExportInput(
+                    merged=stage,
+                    out=folder,
+                    plan=plan,
+                    name=file_stem(sources.adapter.spec),
+                    options=request.options,
+                    verification=verification,
+                    metadata=metadata(plan),
+                    device=verify_device,
+                    on_progress=on_progress,
+                )
             )
-        )
         if exported.failures and not request.unproven:
             raise _failed(request, folder, stage, exported.failures, verification)
         shutil.rmtree(stage)
@@ -157,19 +169,35 @@ def _devices(device: str) -> tuple[str, str]:
     return "cpu", "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _failures(report: VerifyReport) -> tuple[str, ...]:
+def _require_for_pipeline(request: ExportRequest) -> None:
+    """What a pipeline cannot be exported to, or verified with."""
+    if request.to != "safetensors":
+        raise DoraServeError(
+            f"A pipeline of several models is written as safetensors, not as {request.to}.",
+            remedy="Leave out --to; or name one component's folder with --base.",
+        )
+    if request.verify:
+        require_native(ForwardOptions(request.reference))
+        require_package("diffusers", "diffusers")
+
+
+def _failures(report: AnyReport) -> tuple[str, ...]:
     """What is wrong with a merge of our own: of that, every element must be exact."""
-    if report.tensors is None or not report.passed or report.tensors.exact:
+    differing = sum(one.tensors.differing for one in reports_of(report) if one.tensors is not None)
+    exact = all(one.tensors is not None and one.tensors.exact for one in reports_of(report))
+    if not report.passed or exact:
         return report.failures
-    return (f"{report.tensors.differing} elements are not the exact value rounded once.",)
+    return (f"{differing} elements are not the exact value rounded once.",)
 
 
-def _verdict(report: VerifyReport) -> str:
-    assert report.tensors is not None
-    forward = "forward passed" if report.forward and report.forward.passed else "forward not run"
+def _verdict(report: AnyReport) -> str:
     if not report.passed:
         return f"FAILED: {' '.join(report.failures)[:200]}"
-    return f"passed: {report.tensors.differing} of {report.tensors.elements} elements differ, {forward}"
+    tensors = [one.tensors for one in reports_of(report) if one.tensors is not None]
+    forwards = [one.forward for one in reports_of(report) if one.forward is not None]
+    forward = "forward passed" if forwards and all(one.passed for one in forwards) else "forward not run"
+    differing, elements = (sum(values) for values in zip(*((t.differing, t.elements) for t in tensors), strict=True))
+    return f"passed: {differing} of {elements} elements differ, {forward}"
 
 
 def _failed(
@@ -177,7 +205,7 @@ def _failed(
     folder: Path,
     stage: Path,
     failures: tuple[str, ...],
-    report: VerifyReport | None,
+    report: AnyReport | None,
 ) -> VerificationError:
     """The error of a failed check, after what failed was kept under a telling name where that was asked for."""
     assert request.out is not None

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from dora_serve import __version__
 from dora_serve.adapter import Adapter
 from dora_serve.hub import Located
+from dora_serve.pipeline_plan import PipelinePlan
 from dora_serve.plan import MergePlan
 from dora_serve.progress import OnProgress, Progress, ignore_progress
 
@@ -78,8 +79,13 @@ def safetensors_metadata(plan: MergePlan, provenance: Provenance) -> dict[str, s
     }
 
 
+def verified_metadata(plan: MergePlan, provenance: Provenance, verdict: str) -> dict[str, str]:
+    """The same, with what the verification found."""
+    return safetensors_metadata(plan, provenance) | {"merged_verification": verdict}
+
+
 def record(
-    plan: MergePlan,
+    plan: MergePlan | PipelinePlan,
     provenance: Provenance,
     *,
     exporter: str,

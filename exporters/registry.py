@@ -91,8 +91,13 @@ def _check_onnx_architecture(plan: MergePlan, options: ExportOptions) -> None:
 
 def export_safetensors(given: ExportInput) -> Exported:
     """The merged folder is the output."""
-    for path in given.merged.iterdir():
-        path.rename(given.out / path.name)
+    return place(given.merged, given.out)
+
+
+def place(merged: Path, out: Path) -> Exported:
+    """Move all that was merged into the output."""
+    for path in merged.iterdir():
+        path.rename(out / path.name)
     return Exported()
 
 

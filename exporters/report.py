@@ -9,25 +9,27 @@ from typing import Any
 from dora_serve.comparison import Comparison, Tolerance
 from dora_serve.decomposition import Decomposition, ModuleChange
 from dora_serve.forward_check import ForwardReport
-from dora_serve.plan import MergePlan
+from dora_serve.pipeline_verify import PipelineReport
 from dora_serve.tensor_report import TensorReport
 from dora_serve.terminal import format_bytes, format_seconds, format_table
-from dora_serve.verify import VerifyReport
 from exporters.inspect import Inspection
+from exporters.parts import AnyPlan, AnyReport
 from exporters.pipeline import Export
 from exporters.pull import PulledReport
 from exporters.record import RECORD_NAME
 from exporters.verify_folder import FolderReport
 
 
-def plan_text(plan: MergePlan) -> str:
+def plan_text(plan: AnyPlan) -> str:
     """What a merge would do, for --dry-run."""
-    summary = plan.summary()
+    summary: Any = plan.summary()
     lines = [_headline(plan), "", format_table(_rows(summary["actions"]), ("what happens", "tensors"))]
-    files = [[name, str(len(tensors))] for name, tensors in plan.files.items()]
+    for name, part in summary.get("components", {}).items():
+        lines += ["", format_table(_rows(part["actions"]), (f"of these in {name}", "tensors"))]
+    files = [[name, str(count)] for name, count in summary["files"].items()]
     lines += ["", format_table(files, ("file", "tensors")), f"{format_bytes(plan.nbytes)} in all"]
-    if plan.config_changes:
-        changes = [f"{'.'.join(path)} = {value!r}" for path, value in plan.config_changes.items()]
+    if summary["config_changes"]:
+        changes = [f"{path} = {value!r}" for path, value in summary["config_changes"].items()]
         lines += ["", "config.json: " + "; ".join(changes)]
     lines += [f"Note: {note}" for note in plan.notes]
     return "\n".join(lines)
@@ -113,8 +115,10 @@ def _optional(value: float | None) -> str:
     return "" if value is None else _number(value)
 
 
-def verification_text(report: VerifyReport) -> str:
-    """The table of a verification, and what is wrong where something is."""
+def verification_text(report: AnyReport) -> str:
+    """The tables of a verification, and what is wrong where something is."""
+    if isinstance(report, PipelineReport):
+        return _pipeline_text(report)
     parts = []
     if report.tensors is not None:
         parts.append(format_table(_tensor_rows(report.tensors), ("every tensor", "result")))
@@ -135,6 +139,17 @@ def verification_text(report: VerifyReport) -> str:
         parts.append("Verified by its tensors alone: the forward was not run.")
     else:
         parts.append("Verified: the merged model is the unmerged one, as exactly as its dtype can say it.")
+    return "\n\n".join(parts)
+
+
+def _pipeline_text(report: PipelineReport) -> str:
+    parts = [f"{name}:\n\n{verification_text(report.components[name])}" for name in report.adapted]
+    copied = [name for name, one in report.components.items() if name not in report.adapted and one.passed]
+    if copied:
+        parts.append(f"Copied, byte for byte: {', '.join(copied)}.")
+    wrong = [failure for failure in report.failures if not failure.startswith(tuple(f"{n}: " for n in report.adapted))]
+    if wrong:
+        parts.append("FAILED:\n" + "\n".join(f"  - {failure}" for failure in wrong[:20]))
     return "\n\n".join(parts)
 
 
@@ -223,12 +238,12 @@ def _changes(change: ModuleChange) -> tuple[float, float, float]:
     return change.magnitude, change.delta_magnitude, change.delta_direction
 
 
-def _headline(plan: MergePlan) -> str:
+def _headline(plan: AnyPlan) -> str:
     adapter = plan.adapter
     return f"{adapter.path.name} ({adapter.method}, {adapter.format}) into {plan.base.folder.name}"
 
 
-def _actions(plan: MergePlan) -> str:
+def _actions(plan: AnyPlan) -> str:
     actions = plan.summary()["actions"]
     assert isinstance(actions, dict)
     return ", ".join(f"{count} {action}" for action, count in actions.items())
@@ -272,9 +287,10 @@ def _forward_text(report: ForwardReport) -> str:
     )
     rows = [_forward_row(label, found, limit) for label, found, limit in measured if found is not None]
     whose = "PEFT's" if report.reference == "peft" else "the paper's"
+    what = f"{report.output.capitalize()} of {report.architecture} on {report.device}"
     title = (
-        f"Logits of {report.architecture} on {report.device}: {report.inputs}, {report.positions} positions, how far "
-        f"from {whose} unmerged forward in {report.wide_dtype}"
+        f"{what}: {report.inputs}, {report.positions} positions, how far from {whose} unmerged forward in "
+        f"{report.wide_dtype}"
     )
     header = ("model", "largest", "rms", "allowed", "KL", "allowed", "same top-1", "perplexity", "greedy equal")
     notes = [f"Note: {note}" for note in report.notes]

@@ -13,6 +13,8 @@ from dora_serve.checkpoint import ShardedCheckpoint, open_checkpoint
 from dora_serve.errors import DoraServeError
 from dora_serve.formats import ReadOptions, read_adapter
 from dora_serve.hub import Located, hub_repository, locate
+from dora_serve.pipeline_folder import PipelineFolder, is_pipeline, open_pipeline
+from dora_serve.pipeline_plan import PipelinePlan, plan_pipeline
 from dora_serve.plan import MergePlan
 from dora_serve.progress import OnProgress, ignore_progress
 from dora_serve.quantized.base import BaseChoice, choose_base
@@ -25,7 +27,7 @@ class Sources:
 
     base: Located
     adapter: Located
-    checkpoint: ShardedCheckpoint
+    checkpoint: ShardedCheckpoint | PipelineFolder
     contents: Adapter
     notes: tuple[str, ...] = ()
 
@@ -52,13 +54,34 @@ def open_sources(
         )
     revision = contents.base_revision if base is None and not Path(spec).exists() else None
     located = locate(spec, what="base", revision=revision, on_progress=on_progress)
-    chosen = choose_base(open_checkpoint(located.path), contents, choice or BaseChoice())
+    checkpoint = open_base(located.path)
+    if isinstance(checkpoint, PipelineFolder):
+        _require_plain_choice(choice)
+        return Sources(located, found, checkpoint, contents)
+    chosen = choose_base(checkpoint, contents, choice or BaseChoice())
     return Sources(located, found, chosen.checkpoint, contents, chosen.notes)
 
 
-def plan_sources(sources: Sources, dtype: torch.dtype | None = None) -> MergePlan:
+def _require_plain_choice(choice: BaseChoice | None) -> None:
+    if choice not in (None, BaseChoice()):
+        raise DoraServeError(
+            "--base-quantization and --merge-into are for the base of one model, and this one is a pipeline.",
+            remedy="Leave them out, or name the folder of the component with --base.",
+        )
+
+
+def open_base(path: Path) -> ShardedCheckpoint | PipelineFolder:
+    """A model, or a diffusers pipeline. Raises CheckpointError."""
+    return open_pipeline(path) if is_pipeline(path) else open_checkpoint(path)
+
+
+def plan_sources(sources: Sources, dtype: torch.dtype | None = None) -> MergePlan | PipelinePlan:
     """The plan of the merge, which notes another base than the adapter's own. Raises PlanError."""
-    plan = plan_merge(sources.checkpoint, sources.contents, dtype=dtype)
+    plan: MergePlan | PipelinePlan
+    if isinstance(sources.checkpoint, PipelineFolder):
+        plan = plan_pipeline(sources.checkpoint, sources.contents, dtype=dtype)
+    else:
+        plan = plan_merge(sources.checkpoint, sources.contents, dtype=dtype)
     return replace(plan, notes=(*plan.notes, *sources.notes, *base_notes(sources.contents, sources.base)))
 
 

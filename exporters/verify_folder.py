@@ -17,11 +17,14 @@ import torch
 from dora_serve.checkpoint import read_json
 from dora_serve.errors import CheckpointError, no_such_path
 from dora_serve.forward_check import ForwardOptions
+from dora_serve.pipeline_plan import PipelinePlan
+from dora_serve.plan import MergePlan
 from dora_serve.progress import OnProgress, ignore_progress
 from dora_serve.resolve import MERGEABLE_DTYPES
-from dora_serve.verify import VerifyReport, verify
+from dora_serve.verify import verify
 from exporters.onnx_adapters.adapter_file import open_slotted
 from exporters.onnx_adapters.naming import ADAPTERS, SUFFIX, file_stem
+from exporters.parts import AnyReport, verify_plan
 from exporters.registry import ExportOptions, compare_onnx, compare_swapped
 from exporters.safetensors import write_model
 from exporters.sources import Sources, plan_sources
@@ -36,7 +39,7 @@ class FolderReport:
     it. All empty for safetensors.
     """
 
-    model: VerifyReport
+    model: AnyReport
     onnx: Mapping[str, object] | None = None
     onnx_failures: tuple[str, ...] = ()
     swap: Mapping[str, object] | None = None
@@ -70,14 +73,24 @@ def verify_folder(
     if (folder / ADAPTERS).is_dir() and graphs:
         return _verify_slotted(folder, sources, options, export.max_kl if export else None, on_progress)
     if not graphs or any(folder.glob("*.safetensors")):
-        return FolderReport(verify(plan_sources(sources), folder, options, on_progress=on_progress))
+        return FolderReport(verify_plan(plan_sources(sources), folder, options, on_progress))
     with tempfile.TemporaryDirectory(prefix="dora-export-verify-") as scratch:
-        plan = plan_sources(sources, _merged_dtype(folder))
+        plan = _plan_of_one(sources, _merged_dtype(folder))
         write_model(plan, Path(scratch), metadata={"format": "pt"}, on_progress=on_progress)
         report = verify(plan, Path(scratch), options, on_progress=on_progress)
         device = "cuda" if torch.cuda.is_available() and options.device != "cpu" else "cpu"
         check = compare_onnx(folder, Path(scratch), report.forward, device, on_progress, export)
     return FolderReport(report, check.to_json(), check.failures)
+
+
+def _plan_of_one(sources: Sources, dtype: torch.dtype | None = None) -> MergePlan:
+    plan = plan_sources(sources, dtype)
+    if isinstance(plan, PipelinePlan):
+        raise CheckpointError(
+            f"The base {sources.base.spec!r} is a pipeline of several models, and an ONNX folder holds one.",
+            remedy="Name the folder of the component that was exported with --base.",
+        )
+    return plan
 
 
 def _verify_slotted(
@@ -86,7 +99,7 @@ def _verify_slotted(
     """Of a base with adapter slots: the file of this adapter on it, whoever made that, beside a merge of our own."""
     base = open_slotted(folder)
     with tempfile.TemporaryDirectory(prefix="dora-export-verify-") as scratch:
-        plan = plan_sources(sources)
+        plan = _plan_of_one(sources)
         write_model(plan, Path(scratch), metadata={"format": "pt"}, on_progress=on_progress)
         report = verify(plan, Path(scratch), options, on_progress=on_progress)
     device = "cuda" if torch.cuda.is_available() and options.device != "cpu" else "cpu"

@@ -19,7 +19,13 @@ LEVELS: tuple[set[str], ...] = (
     {"dora_serve", "dora_serve.errors", "dora_serve.progress"},
     {"dora_serve.adapter", "dora_serve.ops", "dora_serve.safetensors_file"},
     set(),
-    {"dora_serve.engine", "dora_serve.onnx_engine", "dora_serve.merge", "dora_serve.verify"},
+    {
+        "dora_serve.engine",
+        "dora_serve.onnx_engine",
+        "dora_serve.merge",
+        "dora_serve.pipeline_verify",
+        "dora_serve.verify",
+    },
     {"dora_serve.cli", "dora_serve.vllm_plugin"},
     {"exporters"},
     {"app"},
@@ -36,7 +42,17 @@ NEVER = (
     ("dora_serve.verify", "dora_serve.merge", "what merged cannot also be the judge"),
 )
 
-ONLY_WHERE_USED = {"accelerate", "bitsandbytes", "gguf", "gradio", "huggingface_hub", "httpx2", "onnx", "onnxruntime"}
+ONLY_WHERE_USED = {
+    "accelerate",
+    "bitsandbytes",
+    "diffusers",
+    "gguf",
+    "gradio",
+    "huggingface_hub",
+    "httpx2",
+    "onnx",
+    "onnxruntime",
+}
 ONLY_WHERE_USED |= {"matplotlib", "onnx_ir", "onnxscript", "peft", "transformers", "vllm"}
 
 
