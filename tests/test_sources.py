@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
 from dora_serve.hub import Located, locate
+from dora_serve.hub_headers import whole
 from exporters.cli import main
 from tests.cases import adapt, llama, load, rewrite_json, save
 
@@ -50,11 +52,11 @@ def test_another_base_than_the_adapter_names_is_noted(
     def find(spec: str, **options: object) -> Located:
         """The Hub's repositories are all that one folder."""
         if spec != given:
-            return locate(spec, **options)  # type: ignore[arg-type]
+            return locate(spec, what="base")
         return Located(base, spec, spec.partition("@")[0].partition(":")[0], "0" * 40)
 
     monkeypatch.setattr("exporters.sources.locate", find)
-    monkeypatch.setattr("exporters.inspect.locate", find)
+    monkeypatch.setattr("exporters.inspect.locate_headers", lambda spec, **options: nullcontext(whole(find(spec))))
     arguments = ["--base", given or str(base)]
     for command in (["merge", str(adapter), *arguments, "--dry-run"], ["inspect", str(adapter), *arguments]):
         assert main(command) == 0
