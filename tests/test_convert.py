@@ -64,6 +64,8 @@ def test_there_and_back_is_exact_to_the_bit(tmp_path: Path, to: str, dora: bool,
             convert(ConvertRequest(str(tmp_path / "there"), "peft"))
     run(tmp_path / "there", "peft", tmp_path / "back", base=str(base))
     first, last = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("adapter", "back"))
+    modes = {path.stat().st_mode for path in (tmp_path / "back").iterdir()}
+    assert len(modes) == 1
     assert first.keys() == last.keys()
     for name, tensor in first.items():
         assert last[name].dtype == tensor.dtype

@@ -29,9 +29,10 @@ class Written:
 
 def write(written: Written, folder: Path) -> None:
     """Into a folder that exists."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
-    save_file(dict(written.tensors), folder / written.file, dict(written.metadata) or None)
+    # Not save_file, which makes files that their owner alone may read.
+    (folder / written.file).write_bytes(save(dict(written.tensors), dict(written.metadata) or None))
     for name, table in written.config.items():
         (folder / name).write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
     if written.norm_scales is not None:
