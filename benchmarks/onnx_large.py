@@ -20,9 +20,12 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
-from benchmarks.synthetic import HEAD_DIM, Sizes
-
 ROOT = Path(__file__).resolve().parent.parent
+# In place of this folder, whose onnx.py would be taken for the package.
+sys.path[0] = str(ROOT)
+
+from benchmarks.synthetic import HEAD_DIM, Sizes  # noqa: E402
+
 RESULTS = ROOT / "benchmarks" / "results" / "onnx_large.json"
 LLAMA_7B = Sizes(hidden=4096, intermediate=11008, key_value=4096, vocabulary=32000, layers=32)
 

@@ -23,6 +23,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+# In place of this folder, whose onnx.py would be taken for the package.
+sys.path[0] = str(ROOT)
 RESULTS = ROOT / "benchmarks" / "results" / "onnx_swap.json"
 BATCHES = (1, 8)
 SWAPS = 50

@@ -153,7 +153,12 @@ def generate(folder: Path, prompts: Sequence[Sequence[int]], count: int, python:
 
 def _run(python: str, arguments: Sequence[str], given: str = "") -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [python, str(_PROGRAM), *arguments], input=given, capture_output=True, text=True, check=False, env=_offline()
+        [python, "-P", str(_PROGRAM), *arguments],
+        input=given,
+        capture_output=True,
+        text=True,
+        check=False,
+        env=_offline(),
     )
 
 
