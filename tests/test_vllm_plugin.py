@@ -119,6 +119,10 @@ def test_a_slot_that_is_given_to_a_lora_is_as_new() -> None:
     scales.set(1, None)
     assert torch.equal(scales.norm_scale, fresh.norm_scale)
     assert torch.equal(scales.offset, fresh.offset)
+    scales.set(0, torch.full((4,), 3.0))
+    scales.reset()
+    assert torch.equal(scales.norm_scale, fresh.norm_scale)
+    assert torch.equal(scales.offset, fresh.offset)
 
 
 def test_nothing_is_done_for_a_batch_without_a_dora() -> None:

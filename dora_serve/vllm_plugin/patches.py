@@ -380,12 +380,17 @@ def _scale_logits(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _forget_base(original: Callable[..., Any]) -> Callable[..., Any]:
-    """LoRAModelRunnerMixin.reset_lora_state is called when the weights of the base were replaced while it serves."""
+    """LoRAModelRunnerMixin.reset_lora_state is called when the weights of the base were replaced while it serves, or
+    all memory was given away and taken back (sleep mode): norms are others, and buffers hold anything."""
 
     def reset_lora_state(self: Any) -> None:
         original(self)
         if self.lora_config:
-            self.lora_manager._adapter_manager.dora_base.weights_were_replaced()
+            manager = self.lora_manager._adapter_manager
+            manager.dora_base.weights_were_replaced()
+            for module in manager.modules.values():
+                if hasattr(module, "slot_scales"):
+                    module.slot_scales.reset()
 
     return reset_lora_state
 

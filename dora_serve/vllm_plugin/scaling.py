@@ -48,6 +48,12 @@ class SlotScales:
         self.offset = None if bias is None else torch.zeros_like(self.norm_scale)
         self._bias = bias
 
+    def reset(self) -> None:
+        """No slot has norm scales."""
+        self.norm_scale.fill_(1)
+        if self.offset is not None:
+            self.offset.zero_()
+
     def set(self, slot: int, norm_scale: Tensor | None) -> None:
         """norm_scale (width,), or None for a module without DoRA."""
         if norm_scale is None:

@@ -61,13 +61,19 @@ def server(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    log = tmp_path_factory.mktemp("server") / "log"
+    folder = tmp_path_factory.mktemp("server")
+    log = folder / "log"
+    # What vLLM's own resolver looks for when a model is asked for that it does not know.
+    resolved = shutil.copytree(ADAPTERS / "style-dora", folder / "resolver" / "resolved")
+    config = json.loads((resolved / "adapter_config.json").read_text())
+    (resolved / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": str(smollm2)}))
+    environment = {**os.environ, **SETTINGS, "VLLM_LORA_RESOLVER_CACHE_DIR": str(folder / "resolver")}
     command = [sys.executable, "-m", "dora_serve.cli", "vllm", str(smollm2), "--runtime-loading", "--max-rank", "8"]
     for name in ("dates-dora", "dates-lora"):
         command += ["--adapter", f"{name}={ADAPTERS / name}"]
     command += ["--", "--host", "127.0.0.1", "--port", str(port), *FLAGS.split()]
     with log.open("w") as out:
-        process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **SETTINGS}, stdout=out, stderr=out)
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=out)
     client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
     try:
         _wait_for(lambda: bool(list(client.models.list())), process, log)
@@ -258,3 +264,8 @@ def test_bad_adapters_are_refused_in_our_words_and_the_server_lives_on(
     server.unload("good")
     assert server.models == {"base", "dates-dora", "dates-lora"}
     assert server.say("dates-dora") == peft_says["dates-dora"]
+
+
+def test_a_dora_is_found_by_its_name_alone(server: Server, peft_says: dict[str, str]) -> None:
+    assert server.say("resolved") == peft_says["style-dora"]
+    assert "resolved" in server.models
