@@ -52,4 +52,5 @@ def test_greedy_tokens_are_those_of_the_merged_model_and_of_peft(smollm2: Path, 
     for name in names[1:]:
         peft.set_adapter(name)
         assert_greedy(peft, prompts, answers[name], TOLERANCE)
-    assert len({tuple(answer.tokens) for answer in mixed}) == len(mixed)  # no adapter says what another does
+    for one, other in ((names[0], names[1]), (names[0], names[2]), (names[1], names[2])):
+        assert [answer.tokens for answer in answers[one]] != [answer.tokens for answer in answers[other]]
