@@ -156,7 +156,7 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", choices=FORMAT_NAMES, metavar="NAME", help=f"{named}; default: look")
     parser.add_argument(
         "--lora-alpha",
-        type=lambda text: text if text == "rank" else number_argument(text),
+        type=lambda text: text if text == "rank" else _number_from(text, 0, "a positive number, or rank", open=True),
         metavar="ALPHA",
         help="where the adapter's files do not hold it; `rank` for a scale of 1",
     )
@@ -166,7 +166,10 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
         help="what they are: m, the norm of a weight, or m / ||V|| already (TensorRT-LLM)",
     )
     parser.add_argument(
-        "--norm-eps", type=number_argument, metavar="EPS", help="what the trainer added to the norm, where it is unsaid"
+        "--norm-eps",
+        type=lambda text: _number_from(text, 0, "0 or a positive number"),
+        metavar="EPS",
+        help="what the trainer added to the norm, where it is unsaid",
     )
     parser.add_argument("--allow-pickle", action="store_true", help="read a .bin adapter, as weights only")
     parser.add_argument(
@@ -194,6 +197,13 @@ def number_argument(text: str) -> float:
         value = math.nan
     if not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"{text!r} is no number")
+    return value
+
+
+def _number_from(text: str, least: float, wanted: str, *, open: bool = False) -> float:
+    value = number_argument(text)
+    if value < least or (open and value == least):
+        raise argparse.ArgumentTypeError(f"{text!r} is not what is wanted: {wanted}")
     return value
 
 

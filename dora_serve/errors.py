@@ -22,7 +22,8 @@ class DoraServeError(Exception):
         self.facts = facts
 
     def __str__(self) -> str:
-        return f"{self.message} {self.remedy}" if self.remedy else self.message
+        between = "" if self.message.endswith("\n") else " "
+        return f"{self.message}{between}{self.remedy}" if self.remedy else self.message
 
 
 class AdapterError(DoraServeError):

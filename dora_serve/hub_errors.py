@@ -36,6 +36,8 @@ def translate(error: Exception, *, repo_id: str, revision: str | None) -> HubErr
             "asking the Hub.",
             "Unset HF_HUB_OFFLINE, or give a folder on this machine.",
         )
+    elif isinstance(error, UnicodeEncodeError):  # of the header that would hold the token
+        return impossible_token()
     elif isinstance(error, httpx2.TransportError):
         found = (
             f"There is no folder {repo_id!r} here, the Hub's cache does not hold it whole, and the Hub cannot be "
@@ -51,6 +53,13 @@ def translate(error: Exception, *, repo_id: str, revision: str | None) -> HubErr
     if found is None:
         return None
     return HubError(found[0], remedy=found[1], repo_id=repo_id, revision=revision)
+
+
+def impossible_token() -> HubError:
+    return HubError(
+        "The token that this machine holds for the Hub has characters that no token has.",
+        remedy="Run `hf auth login` (or set HF_TOKEN) and try again.",
+    )
 
 
 def no_room(repo_id: str, detail: str) -> tuple[str, str]:

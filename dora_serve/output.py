@@ -143,6 +143,13 @@ def _umask() -> int:
     return mask
 
 
+def require_free(target: Path, *, overwrite: bool) -> None:
+    """Raise OutputError, as `new_folder` will, where `target` exists: before long work that it is to hold."""
+    target = Path(os.path.abspath(target.expanduser()))
+    if os.path.lexists(target) and not overwrite:
+        raise _exists(target, "exists")
+
+
 def _require_apart(target: Path, inputs: Sequence[Path], overwrite: bool) -> None:
     real = Path(os.path.realpath(target))
     for path in inputs:

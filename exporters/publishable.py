@@ -33,7 +33,11 @@ _STRANGERS: Mapping[str, tuple[str, ...]] = {
 }
 _CACHES = frozenset({".cache", "__pycache__", ".git", ".locks", ".ipynb_checkpoints", ".huggingface", "wandb", "runs"})
 WEIGHTS = (".safetensors", ".onnx", ".onnx.data", ".onnx_data", ".bin", ".data")
-_SECRETS = re.compile(rb"\bhf_[A-Za-z0-9]{30,}\b|-----BEGIN [A-Z ]*PRIVATE KEY-----")
+_SECRETS = re.compile(
+    rb"\bhf_[A-Za-z0-9]{30,}\b|-----BEGIN [A-Z ]*PRIVATE KEY-----|\bgh[opsur]_[A-Za-z0-9]{36,}\b|\bgithub_pat_\w{36,}"
+    rb"|\bglpat-[\w-]{20,}|\bAKIA[A-Z0-9]{16}\b|\bxox[abprs]-[A-Za-z0-9-]{20,}|\bsk-[A-Za-z0-9_-]{32,}"
+)
+"""Of Hugging Face, GitHub, GitLab, Amazon, Slack, and of those who begin theirs with sk-; and private keys."""
 _MOST_SEARCHED = 64 << 20
 
 
@@ -71,7 +75,7 @@ def open_export(folder: Path) -> dict[str, Any]:
 def proof_of(record: Mapping[str, Any]) -> Proof:
     """What an export's own verification came to."""
     verification = record.get("verification")
-    if record.get("failures") or (isinstance(verification, Mapping) and not verification.get("passed")):
+    if record.get("failures") or (isinstance(verification, Mapping) and verification.get("passed") is not True):
         return "failed"
     return "verified" if isinstance(verification, Mapping) else "unverified"
 
@@ -97,7 +101,9 @@ def files_to_publish(folder: Path, record: Mapping[str, Any]) -> tuple[str, ...]
         name = path.relative_to(folder).as_posix()
         if path.is_dir() and not path.is_symlink():
             continue
-        if name in recorded or name in (RECORD_NAME, CARD_NAME):
+        if (kind := _not_a_file(path)) is not None:
+            strangers[ascii(name)[1:-1]] = kind
+        elif name in recorded or name in (RECORD_NAME, CARD_NAME):
             belonging.append(name)
         elif (reason := _stranger(path.relative_to(folder))) is not None:
             strangers[name] = reason
@@ -133,6 +139,19 @@ def require_no_secret(name: str, content: bytes, token: bytes | None) -> None:
             remedy="Take it out of the file. If the file was ever shared, revoke what stood in it.",
             name=name,
         )
+
+
+def _not_a_file(path: Path) -> str | None:
+    """What it is, unless it is a file of the folder's own with a name that is text."""
+    if path.is_symlink():
+        return "a link, to what may lie outside the folder"
+    if not path.is_file():
+        return "neither a file nor a folder"
+    try:
+        path.name.encode()
+    except UnicodeEncodeError:
+        return "a name that is no Unicode text"
+    return None
 
 
 def _stranger(relative: Path) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from dora_serve.checkpoint import read_json
 from dora_serve.errors import CheckpointError, HubError, PublishError
 from dora_serve.hub import split_spec
+from dora_serve.hub_errors import impossible_token
 from dora_serve.progress import OnProgress, ignore_progress
 from exporters.base_card import base_card_metadata, is_recorded_card
 from exporters.card import Card, make_card, require_valid
@@ -126,6 +128,10 @@ class _Remote:
     files: Mapping[str, RepoFile] = field(default_factory=dict)
 
 
+# What git allows in no name of a branch (git check-ref-format).
+_NO_REF = re.compile(r"[\x00-\x20~^:?*\[\\\x7f]|\.\.|@\{|//|/\.|^[./]|[./]$|\.lock(/|$)|^@$")
+
+
 def require_target(repo_id: str, *, revision: str | None, pull_request: bool) -> None:
     """Raise HubError for a name that no repository can have, and for what does not go together."""
     named = split_spec(repo_id)
@@ -134,6 +140,23 @@ def require_target(repo_id: str, *, revision: str | None, pull_request: bool) ->
             f"{repo_id!r} is no name of a repository: wanted user/name.",
             remedy="Write user/name; a branch is given with --revision.",
             repo_id=repo_id,
+        )
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise HubError(
+            f"The Hub allows no such name as {repo_id!r}.",
+            remedy="Write user/name, of letters, digits, dots, - and _; it does not end in .git.",
+            repo_id=repo_id,
+        ) from error
+    if revision is not None and _NO_REF.search(revision):
+        raise HubError(
+            f"{revision!r} is no name of a branch.",
+            remedy="Write letters, digits, dots, -, _ and / between them; of a pull request, refs/pr/N.",
+            revision=revision,
         )
     if pull_request and revision is not None:
         raise HubError(
@@ -151,9 +174,12 @@ def token_of(request: PushRequest) -> str | None:
 
 
 def require_login(request: PushRequest) -> None:
-    """Raise HubError where no token is at hand."""
-    if not token_of(request):
+    """Raise HubError where no token is at hand, or what is at hand cannot be one."""
+    token = token_of(request)
+    if not token:
         raise not_logged_in(request.repo_id)
+    if not token.isascii():
+        raise impossible_token()
 
 
 def check_folder(request: PushRequest, on_progress: OnProgress = ignore_progress) -> CheckedFolder:

@@ -57,6 +57,15 @@ def _ask(page: Any, prompt: str) -> list[list[str]]:
     """Type, run, and look at the answers as they grow until all have ended."""
     page.fill("#ds-prompt textarea", prompt)
     page.click("#ds-run")
+    # What is there until then are the answers to the question before.
+    page.wait_for_function(
+        """prompt => {
+             const columns = [...document.querySelectorAll('.ds-column[data-finish]')];
+             const asked = column => [...column.querySelectorAll('.ds-user')].pop()?.innerText;
+             return columns.length && columns.every(column => asked(column) === prompt);
+           }""",
+        arg=prompt,
+    )
     looks: list[list[str]] = []
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from exporters.cli import main
-from tests.cases import llama, save
+from tests.cases import adapt, llama, save
 from tests.test_format_kohya import train as train_lycoris
 from tests.test_format_mlx import train as train_mlx
 
@@ -75,3 +75,26 @@ def test_a_missing_scale_is_asked_with_the_flag(tmp_path: Path, capsys: pytest.C
     with pytest.raises(SystemExit) as stop:
         main([*arguments, "--lora-alpha", "much"])
     assert stop.value.code == 2
+
+
+@pytest.mark.parametrize(
+    "said", [("--lora-alpha", "16"), ("--lora-alpha", "rank"), ("--norm-eps", "0.5"), ("--magnitudes", "norm-scale")]
+)
+def test_what_is_said_in_vain_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], said: tuple[str, str]
+) -> None:
+    """The record would say that it was used."""
+    base = save(llama(), tmp_path / "base")
+    adapt(llama(), tmp_path / "adapter", target_modules=["q_proj"])
+    code, answer = command(capsys, "merge", str(tmp_path / "adapter"), "--base", str(base), "--dry-run", *said)
+    assert code == 1
+    assert said[0] in answer["error"]["message"]
+    code, _ = command(capsys, "merge", str(tmp_path / "adapter"), "--base", str(base), "--dry-run")
+    assert code == 0
+
+
+@pytest.mark.parametrize("said", [("--norm-eps", "-1"), ("--lora-alpha", "0"), ("--lora-alpha", "-2")])
+def test_numbers_that_mean_nothing_are_wrong_usage(said: tuple[str, str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["inspect", "adapter", f"{said[0]}={said[1]}"])
+    assert ended.value.code == 2

@@ -8,7 +8,7 @@ from pathlib import Path
 from dora_serve.console import FORMAT_NAMES
 from dora_serve.formats import FORMATS
 from exporters.commands.convert import TARGET_NAMES
-from exporters.convert.run import LORA, TARGETS
+from exporters.convert.run import LORA, TARGETS, VLLM
 
 PAGE = (Path(__file__).parent.parent / "docs" / "formats.md").read_text(encoding="utf-8")
 
@@ -19,4 +19,4 @@ def test_the_page_and_the_option_list_every_format() -> None:
 
 
 def test_the_command_offers_every_target() -> None:
-    assert list(TARGET_NAMES) == [*TARGETS, LORA]
+    assert list(TARGET_NAMES) == [*TARGETS, VLLM, LORA]

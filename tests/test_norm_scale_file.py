@@ -182,4 +182,5 @@ def test_convert_needs_a_base_and_gives_a_lora_no_scales(tmp_path: Path, capsys:
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "adapter_config.json",
         "adapter_model.safetensors",
+        "dora_export.json",
     ]

@@ -20,6 +20,7 @@ from peft.tuners.lora.config import (
     MontecloraConfig,
     VeloraConfig,
 )
+from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -533,3 +534,30 @@ def test_experts_do_no_dora(tmp_path: Path) -> None:
 def test_experts_of_a_rank_that_does_not_divide(tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match=r"wanted \[experts \* 4, in\] and \[out, 4 \* experts\]"):
         expert_adapter(tmp_path / "adapter", r=4)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {},
+        {"target_modules": ["q_proj"]},
+        {"target_modules": r".*\.0\..*(q|down)_proj"},
+        {"target_modules": ["model.layers.1.self_attn.q_proj"]},
+        {"layers_to_transform": [1]},
+        {"layers_to_transform": 0, "layers_pattern": "layers"},
+        {"layers_to_transform": [0], "layers_pattern": ["blocks"]},
+    ],
+)
+def test_weights_that_the_configuration_does_not_name_are_told(
+    kept: Mapping[str, Path], tmp_path: Path, changed: dict[str, Any]
+) -> None:
+    """PEFT would load the others alone; it says itself which."""
+    folder = Path(shutil.copytree(kept["lora"], tmp_path / "adapter"))
+    rewrite_json(folder / CONFIG, **changed)
+    adapter = read_adapter(folder)
+    config = LoraConfig.from_pretrained(str(folder))
+    unnamed = [one.module for one in adapter.modules if not check_target_module_exists(config, one.module)]
+    assert len(unnamed) < len(adapter.modules) or changed.get("layers_pattern") == ["blocks"]
+    said = [note for note in adapter.notes if "PEFT would leave them out" in note]
+    assert len(said) == bool(unnamed)
+    assert not unnamed or (said[0].startswith(f"{len(unnamed)} modules") and unnamed[0] in said[0])

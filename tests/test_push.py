@@ -174,6 +174,9 @@ def test_what_does_not_go_together(desk: Desk, merged: Path) -> None:
     assert "wanted user/name" in desk.error("push", merged, "dora")
     assert "wanted user/name" in desk.error("push", merged, "anna/dora@v1")
     assert "nothing to open a pull request on" in desk.error("push", merged, "anna/absent", "--pr")
+    assert "does not end in .git" in desk.error("push", merged, "anna/dora.git")
+    for branch in ("a b", "../x", "x..y", "x/", "x.lock", "a~1"):
+        assert "no name of a branch" in desk.error("push", merged, "anna/dora", "--revision", branch)
     desk.json("push", merged, "anna/dora")
     assert "refs/pr/7" in desk.error("push", merged, "anna/dora", "--revision", "refs/pr/7")
 
@@ -262,6 +265,13 @@ def test_nobody_is_logged_in(hub: FakeHub, desk: Desk, merged: Path) -> None:
     assert "Nobody is logged in" in said
     assert "hf auth login" in said
     assert not hub.requests
+
+
+def test_a_token_that_is_none(hub: FakeHub, desk: Desk, merged: Path) -> None:
+    desk.environment["HF_TOKEN"] = "hf_bäd"
+    for command in (("push", merged, "anna/dora"), ("verify", "anna/dora"), ("inspect", "anna/dora")):
+        assert "characters that no token has" in desk.error(*command)
+    assert not [request for request in hub.requests if request.token]
 
 
 def test_an_expired_token(hub: FakeHub, desk: Desk, merged: Path) -> None:
@@ -384,6 +394,13 @@ SPOILT = {
     "an optimizer": (lambda folder: write(folder / "optimizer.pt"), "does not name it"),
     "a token in the card": (lambda folder: write(folder / "README.md", f"my token: {TOKEN}"), "access token"),
     "another token in a document": (lambda folder: write(folder / "NOTES.md", "hf_" + "x" * 34), "access token"),
+    "somebody's key of GitHub": (lambda folder: write(folder / "NOTICE", "ghp_" + "x" * 36), "access token"),
+    "a link": (lambda folder: (folder / "passwords.md").symlink_to("/etc/passwd"), "a link"),
+    "a link to a folder": (lambda folder: (folder / "etc.md").symlink_to("/etc"), "a link"),
+    "a link in place of a recorded file": (lambda folder: relink(folder / "config.json"), "a link"),
+    "a pipe": (lambda folder: os.mkfifo(folder / "pipe.md"), "neither a file nor a folder"),
+    "a name that is no text": (lambda folder: write(folder / "a\udcff.md"), "no Unicode text"),
+    "a verdict that is none": (lambda folder: judge(folder, "no"), "failed its verification"),
     "a record that climbs": (lambda folder: climb(folder), "is corrupt"),
     "a record that is none": (lambda folder: (folder / "dora_export.json").write_text("[]"), "holds a list"),
     "no record": (lambda folder: (folder / "dora_export.json").unlink(), "not from here"),
@@ -393,6 +410,17 @@ SPOILT = {
 def write(path: Path, text: str = "x") -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
+
+
+def relink(path: Path) -> None:
+    path.rename(path.parent.parent / "elsewhere")
+    path.symlink_to(path.parent.parent / "elsewhere")
+
+
+def judge(folder: Path, passed: object) -> None:
+    record = json.loads((folder / "dora_export.json").read_text())
+    record["verification"]["passed"] = passed
+    (folder / "dora_export.json").write_text(json.dumps(record))
 
 
 def climb(folder: Path) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dora_serve.adapter import PAPER_NORM, Adapter, LoraWeights, Replacement
 from dora_serve.engine.base_layers import compute_dtype, dense_matrix
 from dora_serve.errors import PlanError, Problem
-from dora_serve.magnitudes import SAMPLED, require_plausible
+from dora_serve.magnitudes import SAMPLED, RowLengths, require_plausible
 from dora_serve.module_names import ModuleNames, is_conv1d
 from dora_serve.ops import factored_row_norms, norm_scale
 from dora_serve.row_order import in_base_order
@@ -113,7 +113,7 @@ def prepare(
         loaded = {path: _load(weights, base.layers[path]) for path, weights in fitting.items()}
         scales = {**_norm_scales(loaded, base, norm_scales or {}), **(norm_scales or {})}
         if not adapter.magnitudes_are_norms:
-            _require_norms(loaded, scales)
+            _require_norms(loaded, scales, base)
         modules = {path: _factors(one, scales.get(path)) for path, one in loaded.items()}
         zero = "a row of W + s B A that is zero, which no magnitude can scale"
         problems += [Problem(path, zero, "none") for path, scale in scales.items() if not _is_finite(scale)]
@@ -129,14 +129,15 @@ def prepare(
     return PreparedAdapter(name, modules, adapter.method, max((w.rank for w in adapter.modules), default=0))
 
 
-def _require_norms(loaded: Mapping[str, _Loaded], scales: Mapping[str, Tensor]) -> None:
+def _require_norms(loaded: Mapping[str, _Loaded], scales: Mapping[str, Tensor], base: Base) -> None:
     """Ask about magnitudes that look like m / ||V||, of which there are some in each adapter of TensorRT-LLM."""
     paths = [path for path, one in loaded.items() if path in scales and one.weights.norm == PAPER_NORM]
-    sampled: list[tuple[float, Callable[[], float]]] = []
+    sampled: list[tuple[float, Callable[[], RowLengths]]] = []
     for path in paths[:: max(1, len(paths) // SAMPLED)]:
         magnitude = _magnitude(loaded[path]).double().abs()
         norms = magnitude / scales[path].to(magnitude).abs()
-        sampled.append((float(magnitude.median()), partial(float, norms.median())))
+        own = base.squared_norms(path).sqrt()
+        sampled.append((float(magnitude.median()), partial(RowLengths, float(norms.median()), float(own.median()))))
     require_plausible(sampled)
 
 

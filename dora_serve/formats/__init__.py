@@ -69,7 +69,9 @@ def read_adapter(path: Path, options: ReadOptions | None = None) -> Adapter:
     options = options or ReadOptions()
     if not path.exists():
         raise AdapterError(no_such_path("The adapter", path), remedy="Check the path.", path=str(path))
-    adapter = _format_of(path, options).read(path, options)
+    read = _format_of(path, options).read
+    adapter = read(path, options)
+    _require_of_use(read, path, options, adapter)
     if options.magnitudes is None:
         return adapter
     if options.magnitudes == "norm":
@@ -79,6 +81,36 @@ def read_adapter(path: Path, options: ReadOptions | None = None) -> Adapter:
         for module in adapter.modules
     )
     return replace(adapter, modules=tuple(quotients))
+
+
+def _require_of_use(
+    read: Callable[[Path, ReadOptions], Adapter], path: Path, options: ReadOptions, adapter: Adapter
+) -> None:
+    """Raises AdapterError where something was said that changes nothing: the record would say that it did."""
+
+    def refuse(option: str, why: str) -> AdapterError:
+        return AdapterError(
+            f"{option} was said, and {why}.", remedy=f"Leave {option} away.", option=option, path=str(path)
+        )
+
+    if options.lora_alpha is not None:
+        try:
+            without = read(path, replace(options, lora_alpha=None))
+        except AdapterError as error:
+            if error.facts.get("option") != "--lora-alpha":
+                raise
+        else:
+            if [one.scaling for one in without.modules] == [one.scaling for one in adapter.modules]:
+                raise refuse("--lora-alpha", "the adapter's own files hold its scale")
+    if options.norm_eps is not None and all(
+        module.magnitude is None or module.norm.eps != options.norm_eps for module in adapter.modules
+    ):
+        raise refuse("--norm-eps", "no norm of this adapter has an epsilon that is unsaid")
+    if options.magnitudes == "norm-scale" and all(
+        module.magnitude is None or module.norm not in (PAPER_NORM, replace(PAPER_NORM, axis=None))
+        for module in adapter.modules
+    ):
+        raise refuse("--magnitudes", "this adapter has none that it could be true of")
 
 
 def _format_of(path: Path, options: ReadOptions) -> Format:

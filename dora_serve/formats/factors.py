@@ -68,7 +68,7 @@ def misfit(path: Path, problems: Sequence[str]) -> AdapterError:
     shown = "".join(f"\n  - {problem}" for problem in problems[:20])
     more = f"\n  - and {len(problems) - 20} more" if len(problems) > 20 else ""
     return AdapterError(
-        f"The adapter {str(path)!r} is not whole or not consistent:{shown}{more}",
+        f"The adapter {str(path)!r} is not whole or not consistent:{shown}{more}\n",
         remedy="Save the adapter again from the trained model; do not edit one file without the other.",
         problems=list(problems),
     )

@@ -78,6 +78,8 @@ def read_config(path: Path, name: str = CONFIG_NAME) -> dict[str, object]:
     remedy = "Copy the adapter again, or restore the file from the trainer's output."
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise AdapterError(f"{str(path)!r} has no {name}.", remedy=remedy, path=str(file)) from error
     except (OSError, ValueError, RecursionError) as error:
         raise AdapterError(f"{str(file)!r} cannot be read as JSON: {error}.", remedy=remedy, path=str(file)) from error
     if not isinstance(raw, dict):

@@ -69,11 +69,42 @@ class PeftConfig:
         """The rank of the module or parameter `name`, by PEFT's own matching."""
         return self.rank_pattern.get(_pattern_key(self.rank_pattern, name), self.r)
 
+    def names(self, module: str) -> bool:
+        """Whether PEFT would adapt a module of this name (peft.tuners.tuners_utils.check_target_module_exists)."""
+        targets, layers = self.raw.get("target_modules"), self.raw.get("layers_to_transform")
+        if isinstance(targets, str):
+            return targets == "all-linear" or _matches(targets, module)
+        if not isinstance(targets, list) or not targets:
+            return True  # PEFT chooses by the architecture
+        if module in targets:
+            return True
+        if not any(module.endswith(f".{target}") for target in targets):
+            return False
+        if layers is None or layers == []:
+            return True
+        patterns = self.raw.get("layers_pattern") or [r"[^.]*"]
+        wanted = layers if isinstance(layers, list) else [layers]
+        return any(
+            _matches(rf".*\.{pattern}\.{index}\..*", module)
+            for pattern in (patterns if isinstance(patterns, list) else [patterns])
+            for index in wanted
+        )
+
     def scaling(self, name: str) -> float:
         """s = alpha / r, or alpha / sqrt(r) with rank stabilisation (arXiv 2312.03732)."""
         alpha = self.alpha_pattern.get(_pattern_key(self.alpha_pattern, name), self.lora_alpha)
         rank = self.rank(name)
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+
+
+def _matches(pattern: str, name: str) -> bool:
+    """Whether a pattern of the file's matches all of `name`; so does one that is none, or may never end."""
+    if _NESTED.search(pattern) or len(pattern) > _LONGEST:
+        return True
+    try:
+        return re.fullmatch(pattern, name) is not None
+    except re.error:
+        return True
 
 
 def _pattern_key(patterns: Mapping[str, object], name: str) -> str:

@@ -48,10 +48,13 @@ def misused(options: argparse.Namespace) -> str | None:
 
 def run(options: argparse.Namespace) -> int:
     from dora_serve.devices import require_device
+    from dora_serve.output import require_free
     from exporters.convert.report import conversion_json, conversion_text
     from exporters.convert.run import ConvertRequest, convert, write_conversion
 
     require_device(options.device)
+    if not options.dry_run:
+        require_free(options.out, overwrite=options.overwrite)
     request = ConvertRequest(
         adapter=options.adapter,
         to=options.to,

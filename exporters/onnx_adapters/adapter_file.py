@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,13 +11,15 @@ import torch
 
 from dora_serve.adapter import PAPER_NORM, Adapter, LoraWeights
 from dora_serve.errors import CheckpointError, OutputError, no_such_path
-from dora_serve.magnitudes import require_plausible
+from dora_serve.magnitudes import RowLengths, require_plausible
 from dora_serve.onnx_engine.slots import METADATA_KEY, SlotTable
+from dora_serve.ops import row_norms
 from dora_serve.progress import OnProgress, ignore_progress
 from exporters.onnx.loading import require
 from exporters.onnx.saving import MODEL_FILE
 from exporters.onnx_adapters.fitting import SlotTensors, fit_adapter, slot_tensors
 from exporters.onnx_adapters.linears import Linear, find_linears
+from exporters.onnx_adapters.weights import weight_blocks
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -83,9 +84,9 @@ def write_adapter(
     table = base.table
     fitted = fit_adapter(adapter, table, base.linears, base.path)
     values = {table.guard: _ort_value(torch.zeros(0), table.dtype)}
-    sampled: list[tuple[float, Callable[[], float]]] = []
+    sampled: list[tuple[float, Callable[[], RowLengths]]] = []
     for module, filled in slot_tensors(fitted, base.linears, on_progress):
-        sampled += _magnitudes_of(fitted[module], filled)
+        sampled += _magnitudes_of(fitted[module], filled, base.linears[module])
         slot, padded = table.slots[module], _padded(filled, table.rank)
         for name in ("lora_A", "lora_B", "norm_scale"):
             values[getattr(slot, name)] = _ort_value(getattr(padded, name), table.dtype)
@@ -103,12 +104,19 @@ def write_adapter(
     )
 
 
-def _magnitudes_of(weights: LoraWeights, filled: SlotTensors) -> list[tuple[float, Callable[[], float]]]:
-    """Medians of the magnitudes of a DoRA and of what they were divided by, for `require_plausible`."""
+def _magnitudes_of(
+    weights: LoraWeights, filled: SlotTensors, linear: Linear
+) -> list[tuple[float, Callable[[], RowLengths]]]:
+    """The median of the magnitudes of a DoRA and the lengths of its rows, for `require_plausible`."""
     if weights.magnitude is None or weights.norm != PAPER_NORM:
         return []
     magnitude = weights.magnitude.load().double().abs()
-    return [(float(magnitude.median()), partial(float, (magnitude / filled.norm_scale.abs()).median()))]
+    adapted = float((magnitude / filled.norm_scale.abs()).median())
+
+    def lengths() -> RowLengths:
+        return RowLengths(adapted, float(torch.cat([row_norms(rows) for _, rows in weight_blocks(linear)]).median()))
+
+    return [(float(magnitude.median()), lengths)]
 
 
 def _padded(filled: SlotTensors, rank: int | None) -> SlotTensors:
