@@ -484,6 +484,21 @@ def test_a_converted_adapter_is_published(
     assert desk.json("inspect", "anna/adapter")["method"] == "DoRA"
 
 
+def test_an_exported_base_and_its_adapter_files_are_published(
+    hub: FakeHub, desk: Desk, warm: Warm, inputs: Inputs, tmp_path: Path
+) -> None:
+    """With one adapter from the merge and one that was added later; both are there again in a fresh cache."""
+    out = merge(warm, inputs, tmp_path / "slots", ["--to", "onnx-adapters"])
+    assert desk.run("onnx-adapter", inputs.adapter, "--for", out, "-o", out / "second.onnx_adapter").code == 0
+    desk.json("push", out, "anna/slots")
+    held = hub.files("anna/slots")
+    for name, content in contents(out).items():
+        assert name == "README.md" or held[name] == content
+    assert len([name for name in held if name.endswith(".onnx_adapter")]) == 2
+    desk.environment["HF_HOME"] = str(tmp_path / "fresh")
+    assert desk.json("verify", "anna/slots")["passed"]
+
+
 def test_what_was_not_verified_needs_the_word(
     hub: FakeHub, desk: Desk, warm: Warm, inputs: Inputs, tmp_path: Path
 ) -> None:
