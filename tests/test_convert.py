@@ -15,7 +15,7 @@ from mlx_lm.utils import load_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dora_serve.errors import DoraServeError, UnmergeableError
+from dora_serve.errors import DoraServeError, OutputError, UnmergeableError
 from dora_serve.formats import read_adapter
 from dora_serve.low_rank import low_rank
 from exporters.cli import main
@@ -266,7 +266,9 @@ def test_a_dora_as_plain_lora_and_what_it_loses(tmp_path: Path, capsys: pytest.C
     assert moved[2] < 1e-5
 
 
-def test_the_loss_is_told_before_anything_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_loss_is_told_before_anything_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     base = save(llama(), tmp_path / "base")
     adapt(llama(), tmp_path / "adapter", target_modules=["q_proj"], use_dora=True)
     arguments = ["convert", str(tmp_path / "adapter"), "--to", "lora", "--rank", "2", "--base", str(base)]
@@ -276,10 +278,17 @@ def test_the_loss_is_told_before_anything_is_written(tmp_path: Path, capsys: pyt
     assert "Logits on" in text
     assert text.rstrip().endswith("Nothing was written.")
     (tmp_path / "taken").mkdir()
-    assert main([*arguments, "-o", str(tmp_path / "taken")]) == 1
+    assert main([*arguments, "-o", str(tmp_path / "taken")]) == 1  # and before anything is computed
     printed = capsys.readouterr()
-    assert "is lost: median" in printed.out
+    assert not printed.out
     assert "--overwrite" in printed.err
+
+    def full(*_: object, **__: object) -> None:
+        raise OutputError("The disk is full.")
+
+    monkeypatch.setattr("exporters.convert.run.write_conversion", full)
+    assert main([*arguments, "-o", str(tmp_path / "out")]) == 1
+    assert "is lost: median" in capsys.readouterr().out
 
 
 def test_a_plain_lora_of_no_higher_rank_stays_as_it_is(tmp_path: Path) -> None:
