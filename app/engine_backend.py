@@ -7,6 +7,7 @@ from dataclasses import replace as with_changes
 from pathlib import Path
 
 from app.backend import AdapterRow, Stream, TokenScore
+from app.pool_rows import row_of, said_of
 from dora_serve.checkpoint import open_checkpoint
 from dora_serve.decomposition import Decomposition, decompose
 from dora_serve.engine import Engine, Request, score
@@ -28,31 +29,10 @@ class EngineBackend:
         self._base = base
 
     def adapters(self) -> tuple[AdapterRow, ...]:
-        return tuple(
-            AdapterRow(
-                name=entry.name,
-                source=str(entry.path),
-                format=entry.format,
-                method=entry.method,
-                rank=entry.rank,
-                modules=entry.modules,
-                nbytes=entry.nbytes,
-                tier=entry.tier,
-                in_use=entry.in_use,
-                load_seconds=entry.load_seconds,
-                changes_output=entry.changes_output,
-            )
-            for entry in self.engine.pool.list()
-        )
+        return tuple(map(row_of, self.engine.pool.list()))
 
     def load(self, name: str, source: str | Path, *, replace: bool = False) -> str:
-        report = self.engine.pool.load(name, source, replace=replace)
-        changes = ". It changes nothing: is it the trained one?" if report.changes_output is False else "."
-        did = "Replaced" if report.replaced else "Added"
-        return (
-            f"{did} {name}: {report.method} of rank {report.rank} on {report.modules} modules, "
-            f"in {report.seconds:.2f} s{changes}"
-        )
+        return said_of(self.engine.pool.load(name, source, replace=replace))
 
     def unload(self, name: str) -> None:
         self.engine.pool.unload(name)

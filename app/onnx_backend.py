@@ -9,8 +9,8 @@ from dataclasses import replace as with_changes
 from pathlib import Path
 
 from app.backend import BASE, AdapterRow, Backend, Stream, TokenScore
+from app.pool_rows import row_of, said_of
 from dora_serve.decomposition import Decomposition
-from dora_serve.engine.pool import LoadReport
 from dora_serve.engine.requests import Event, Request
 from dora_serve.errors import EngineError
 from dora_serve.onnx_engine.engine import OnnxEngine
@@ -34,22 +34,7 @@ class WithOnnx:
 
     def adapters(self) -> tuple[AdapterRow, ...]:
         base = AdapterRow(f"{BASE}{MARK}", str(self.engine.folder), format="onnx", method="the base itself")
-        rows = (
-            AdapterRow(
-                name=f"{entry.name}{MARK}",
-                source=str(entry.path),
-                format=entry.format,
-                method=entry.method,
-                rank=entry.rank,
-                modules=entry.modules,
-                nbytes=entry.nbytes,
-                tier=entry.tier,
-                in_use=entry.in_use,
-                load_seconds=entry.load_seconds,
-                changes_output=entry.changes_output,
-            )
-            for entry in self.engine.pool.list()
-        )
+        rows = (row_of(entry, MARK) for entry in self.engine.pool.list())
         return (*self.inner.adapters(), base, *rows)
 
     def load(self, name: str, source: str | Path, *, replace: bool = False) -> str:
@@ -60,8 +45,7 @@ class WithOnnx:
                     remedy="Make one: dora-export onnx-adapter ADAPTER --for FOLDER. Or choose another name.",
                 )
             return self.inner.load(name, source, replace=replace)
-        report = self.engine.pool.load(name.removesuffix(MARK), source, replace=replace)
-        return _said(report)
+        return said_of(self.engine.pool.load(name.removesuffix(MARK), source, replace=replace), MARK)
 
     def unload(self, name: str) -> None:
         if name == f"{BASE}{MARK}":
@@ -104,15 +88,6 @@ class WithOnnx:
 def _unmarked(request: Request) -> Request:
     name = (request.adapter or "").removesuffix(MARK)
     return with_changes(request, adapter=None if name == BASE else name)
-
-
-def _said(report: LoadReport) -> str:
-    changes = ". It changes nothing: is it the trained one?" if report.changes_output is False else "."
-    did = "Replaced" if report.replaced else "Added"
-    return (
-        f"{did} {report.name}{MARK}: {report.method} of rank {report.rank} on {report.modules} modules, "
-        f"in {report.seconds:.2f} s{changes}"
-    )
 
 
 class _Together:

@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # In place of this folder, whose onnx.py would be taken for the package.
 sys.path[0] = str(ROOT)
 
-from benchmarks.synthetic import HEAD_DIM, Sizes  # noqa: E402
+from benchmarks.synthetic import Sizes, config_of  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "onnx_large.json"
 LLAMA_7B = Sizes(hidden=4096, intermediate=11008, key_value=4096, vocabulary=32000, layers=32)
@@ -114,20 +114,7 @@ def write_hole(folder: Path, sizes: Sizes) -> None:
     with (folder / "model.safetensors").open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + end)
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": sizes.hidden,
-        "intermediate_size": sizes.intermediate,
-        "num_hidden_layers": sizes.layers,
-        "num_attention_heads": sizes.hidden // HEAD_DIM,
-        "num_key_value_heads": sizes.key_value // HEAD_DIM,
-        "head_dim": HEAD_DIM,
-        "vocab_size": sizes.vocabulary,
-        "tie_word_embeddings": True,
-        "dtype": "bfloat16",
-    }
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps(config_of(sizes)))
 
 
 if __name__ == "__main__":

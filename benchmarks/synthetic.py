@@ -87,7 +87,12 @@ def write_base(folder: Path, sizes: Sizes, shards: int, seed: int = 0) -> None:
             shard, number = {}, number + 1
     index_file = {"metadata": {"total_size": nbytes}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index_file))
-    config = {
+    (folder / "config.json").write_text(json.dumps(config_of(sizes)))
+
+
+def config_of(sizes: Sizes) -> dict[str, object]:
+    """config.json of a Llama of these sizes, with a tied head."""
+    return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "hidden_size": sizes.hidden,
@@ -100,7 +105,6 @@ def write_base(folder: Path, sizes: Sizes, shards: int, seed: int = 0) -> None:
         "tie_word_embeddings": True,
         "dtype": "bfloat16",
     }
-    (folder / "config.json").write_text(json.dumps(config))
 
 
 def write_adapter(folder: Path, base: Path, sizes: Sizes, rank: int, seed: int = 1) -> None:

@@ -156,7 +156,7 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", choices=FORMAT_NAMES, metavar="NAME", help=f"{named}; default: look")
     parser.add_argument(
         "--lora-alpha",
-        type=lambda text: text if text == "rank" else _number_from(text, 0, "a positive number, or rank", open=True),
+        type=lambda text: text if text == "rank" else _positive(text, "a positive number, or rank"),
         metavar="ALPHA",
         help="where the adapter's files do not hold it; `rank` for a scale of 1",
     )
@@ -167,7 +167,7 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--norm-eps",
-        type=lambda text: _number_from(text, 0, "0 or a positive number"),
+        type=lambda text: _positive(text, "0 or a positive number", or_zero=True),
         metavar="EPS",
         help="what the trainer added to the norm, where it is unsaid",
     )
@@ -200,9 +200,9 @@ def number_argument(text: str) -> float:
     return value
 
 
-def _number_from(text: str, least: float, wanted: str, *, open: bool = False) -> float:
+def _positive(text: str, wanted: str, *, or_zero: bool = False) -> float:
     value = number_argument(text)
-    if value < least or (open and value == least):
+    if value < 0 or (value == 0 and not or_zero):
         raise argparse.ArgumentTypeError(f"{text!r} is not what is wanted: {wanted}")
     return value
 
