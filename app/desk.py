@@ -78,7 +78,6 @@ class Desk:
     requests: tuple[Request, ...] = ()
     answers: tuple[Answer, ...] = ()
     scores: dict[str, tuple[TokenScore, ...]] = field(default_factory=dict)
-    blind: bool = False
     hidden: bool = False
     votes: list[Vote] = field(default_factory=list)
     voted: bool = False
@@ -101,7 +100,7 @@ class Desk:
         requests = tuple(settings.request(column, prompt, turns) for column in order)
         with self.writing:
             self.columns, self.prompt, self.settings, self.turns = order, prompt, settings, turns
-            self.blind, self.hidden, self.voted, self.again = blind, blind, False, 0
+            self.hidden, self.voted, self.again = blind, False, 0
             self.scores.clear()
             self.requests = requests
             self.answers = tuple(Answer(request.adapter) for request in self.requests)
@@ -154,7 +153,7 @@ class Desk:
             columns=self.columns,
             answers=tuple(answer.text for answer in self.answers),
             winner=self.columns[place] if place is not None else ALL_BAD if all_bad else TIE,
-            blind=self.blind,
+            blind=self.hidden,  # a vote that is changed afterwards is not blind any more
             seed=self.settings.seed,
         )
         if self.voted:

@@ -36,12 +36,20 @@ def differences(text: str, control: str) -> str:
 
 
 def surprise(tokens: Sequence[TokenScore]) -> str:
-    """The tokens, the redder the less likely the base finds them; the pointer shows the probability."""
-    return "".join(
-        f'<span class="ds-token" style="--heat:{_heat(token.logprob):.3f}" '
-        f'title="the base: {_probability(token.logprob)}">{escape(token.text)}</span>'
-        for token in tokens
-    )
+    """The tokens, the redder the less likely the base finds them; the pointer shows the probability.
+
+    A character that is several tokens is shown as one, with the probability of all of them.
+    """
+    parts, logprob = [], 0.0
+    for token in tokens:
+        logprob += token.logprob
+        if token.text:
+            parts.append(
+                f'<span class="ds-token" style="--heat:{_heat(logprob):.3f}" '
+                f'title="the base: {_probability(logprob)}">{escape(token.text)}</span>'
+            )
+            logprob = 0.0
+    return "".join(parts)
 
 
 def _heat(logprob: float) -> float:

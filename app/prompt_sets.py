@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from app.spreadsheet import csv_text
 from dora_serve.errors import DoraServeError
 
 MOST_PROMPTS = 1000
@@ -49,12 +50,11 @@ def exact_matches(items: Sequence[PromptItem], answers: Sequence[str | None]) ->
 
 def table_csv(items: Sequence[PromptItem], answers: Mapping[str, Sequence[str]]) -> str:
     """A line for each prompt: what was expected, and each column's answer."""
-    text = io.StringIO()
-    writer = csv.writer(text)
-    writer.writerow(["prompt", "answer", *answers])
-    for place, item in enumerate(items):
-        writer.writerow([item.prompt, item.answer or "", *(column[place] for column in answers.values())])
-    return text.getvalue()
+    rows = [
+        [item.prompt, item.answer or "", *(column[place] for column in answers.values())]
+        for place, item in enumerate(items)
+    ]
+    return csv_text([["prompt", "answer", *answers], *rows])
 
 
 def _parse(suffix: str, text: str) -> tuple[PromptItem, ...]:

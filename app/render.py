@@ -25,16 +25,11 @@ def column(desk: Desk, place: int, view: View, adapters: Sequence[AdapterRow]) -
     name, answer = desk.columns[place], desk.answers[place]
     row = next((row for row in adapters if row.name == name), None)
     chips = [] if desk.hidden else ["no adapter: the control"] if name == BASE else _facts(row)
-    past = "".join(
-        f'<div class="ds-user">{_short(turn.prompt)}</div><div class="ds-past">{plain(turn.answers[name])}</div>'
-        for turn in desk.turns
-        if name in turn.answers
-    )
     asked = f'<div class="ds-user">{_short(desk.prompt)}</div>' if desk.settings.chat else ""
     return (
         f'<div class="ds-column" data-finish="{answer.finish or "running"}">'
         f'<div class="ds-head"><span class="ds-name">{escape(desk.name(place))}</span>{_chips(chips)}</div>'
-        f'<div class="ds-talk">{past}{asked}<div class="ds-answer">{_text(desk, place, view)}</div>'
+        f'<div class="ds-talk">{_past(desk, name)}{asked}<div class="ds-answer">{_text(desk, place, view)}</div>'
         f"{_cursor(answer)}</div>"
         f'<div class="ds-stats">{_stats(answer)}</div></div>'
     )
@@ -99,8 +94,23 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 _TABLE_HEADER = "name,method,format,rank,modules,in memory,tier,loaded in,changes the output,in use,from".split(",")
 
 
+def _past(desk: Desk, name: str) -> str:
+    """The earlier turns of a column. While it is hidden not what it said, which was seen with its name."""
+    turns = [turn for turn in desk.turns if name in turn.answers]
+    if desk.hidden and turns:
+        count = "1 earlier turn" if len(turns) == 1 else f"{len(turns)} earlier turns"
+        return f'<div class="ds-past">({count}, shown again after the vote)</div>'
+    return "".join(
+        f'<div class="ds-user">{_short(turn.prompt)}</div><div class="ds-past">{plain(turn.answers[name])}</div>'
+        for turn in turns
+    )
+
+
 def _text(desk: Desk, place: int, view: View) -> str:
     answer = desk.answers[place]
+    if desk.hidden:  # an error names its adapter, and of the colours the base has the fewest
+        failed = "" if answer.error is None else '<div class="ds-error">Failed: why is shown after the vote.</div>'
+        return f"{plain(answer.text)}{failed}"
     if answer.error is not None:
         return f'{plain(answer.text)}<div class="ds-error">{escape(answer.error)}</div>'
     scores = desk.scores.get(desk.columns[place])

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from app.backend import BASE, AdapterRow, Stream, TokenScore
+from app.server_score import score_answer
 from dora_serve.decomposition import Decomposition
 from dora_serve.engine.requests import Event, FinishReason, Request, Timings
 from dora_serve.errors import DoraServeError, EngineError, UnavailableError
@@ -74,27 +75,7 @@ class ServerBackend:
         return _ServerStream(self, requests)
 
     def score(self, request: Request, text: str, token_ids: Sequence[int]) -> tuple[TokenScore, ...]:
-        if not isinstance(request.prompt, str):
-            raise UnavailableError(
-                "A server does not tell how likely a chat's tokens are.",
-                remedy="Use plain completion, or the engine in this process.",
-            )
-        whole = request.prompt + text
-        body = {"model": self.base, "prompt": whole, "max_tokens": 1, "echo": True, "logprobs": 0, "temperature": 0}
-        found = self._post("/v1/completions", body)
-        try:
-            logprobs = found["choices"][0]["logprobs"]
-            triples = zip(logprobs["tokens"], logprobs["token_logprobs"], logprobs["text_offset"], strict=True)
-            kept = [
-                TokenScore(str(token), float(value or 0.0))
-                for token, value, offset in triples
-                if len(request.prompt) <= offset < len(whole)
-            ]
-        except (KeyError, IndexError, TypeError, ValueError) as error:
-            raise UnavailableError(
-                "The server does not tell log-probabilities of a prompt (`echo`).", remedy="Use vLLM, or the engine."
-            ) from error
-        return tuple(kept)
+        return score_answer(self._post, self.base, request, text)
 
     def decompose(self, name: str, on_progress: OnProgress) -> Decomposition:
         raise UnavailableError(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+
+from app.spreadsheet import csv_text
 
 TIE, ALL_BAD = "tie", "all bad"
 _COLUMNS = ("when", "prompt", "system", "winner", "blind", "seed")
@@ -64,16 +64,9 @@ def to_json(votes: Sequence[Vote]) -> str:
 def to_csv(votes: Sequence[Vote]) -> str:
     """A line for each vote: its facts, then a name and an answer for each column."""
     width = max((len(vote.columns) for vote in votes), default=0)
-    text = io.StringIO()
-    writer = csv.writer(text)
     pairs = [f"{what}_{number}" for number in range(1, width + 1) for what in ("column", "answer")]
-    writer.writerow([*_COLUMNS, *pairs])
+    rows: list[list[object]] = [[*_COLUMNS, *pairs]]
     for vote in votes:
         shown = [part for pair in zip(vote.columns, vote.answers, strict=True) for part in pair]
-        writer.writerow([_cell(value) for value in (*(getattr(vote, name) for name in _COLUMNS), *shown)])
-    return text.getvalue()
-
-
-def _cell(value: object) -> object:
-    """A text that a spreadsheet would take for a formula gets an apostrophe in front."""
-    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
+        rows.append([*(getattr(vote, name) for name in _COLUMNS), *shown])
+    return csv_text(rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from typing import Any
 
 class FakeServer(ThreadingHTTPServer):
     """adapters: name -> path. asked: the bodies of all requests for text. die_after: chunks until a connection breaks.
-    pause: seconds between chunks."""
+    pause: seconds between chunks. words: a token's id is its place in it."""
 
     daemon_threads = True
 
@@ -23,7 +24,8 @@ class FakeServer(ThreadingHTTPServer):
         self.asked: list[dict[str, Any]] = []
         self.die_after: int | None = None
         self.pause = 0.01
-        self.can_load = True
+        self.can_load = self.can_tokenize = self.can_echo = True
+        self.words: list[str] = []
 
     @property
     def url(self) -> str:
@@ -59,6 +61,8 @@ class _Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if self.path.endswith("_lora_adapter"):
             self._change(body)
+        elif self.path == "/tokenize":
+            self._tokenize(body)
         elif body.get("echo"):
             self._echo(body)
         else:
@@ -76,14 +80,29 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._json(404 if "unload" in self.path else 400, {"error": {"message": "No adapter found for that"}})
 
+    def _tokenize(self, body: dict[str, Any]) -> None:
+        """Every word a token, those of a chat with their roles before them."""
+        if not self.server.can_tokenize:
+            self._json(404, {"detail": "Not Found"})
+            return
+        if "messages" in body:
+            text = " ".join(f"<{message['role']}> {message['content']}" for message in body["messages"])
+            text += " <assistant>" if body["add_generation_prompt"] else ""
+        else:
+            text = body["prompt"]
+        words = _words(text)
+        self.server.words += [word for word in dict.fromkeys(words) if word not in self.server.words]
+        self._json(200, {"tokens": [self.server.words.index(word) for word in words], "count": len(words)})
+
     def _echo(self, body: dict[str, Any]) -> None:
         """Every word a token, the first without a log-probability, each of the others -(its length)."""
-        tokens, offsets, place = [], [], 0
-        for word in f"{body['prompt']} more".split(" "):
-            token = word if not tokens else f" {word}"
-            tokens.append(token)
-            offsets.append(place)
-            place += len(token)
+        if not self.server.can_echo:
+            self._json(400, {"error": {"message": "echo is not supported"}})
+            return
+        prompt = body["prompt"]
+        tokens = [*(_words(prompt) if isinstance(prompt, str) else [self.server.words[place] for place in prompt])]
+        tokens.append(" more")
+        offsets = [sum(map(len, tokens[:place])) for place in range(len(tokens))]
         logprobs = [None, *(-float(len(token)) for token in tokens[1:])]
         found = {"tokens": tokens, "token_logprobs": logprobs, "text_offset": offsets}
         self._json(200, {"choices": [{"text": "", "logprobs": found}]})
@@ -130,3 +149,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
+
+
+def _words(text: str) -> list[str]:
+    """The words of a text, each with the spaces before it."""
+    return re.findall(r" *[^ ]+", text)

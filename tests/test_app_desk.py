@@ -18,6 +18,7 @@ from dora_serve.errors import DoraServeError, EngineError
 from tests.app_cases import PROMPT, make_folders
 
 COLUMNS = [BASE, "lora", "dora"]
+VIEWS: tuple[render.View, ...] = ("plain", "differences", "surprise")
 SHORT = Settings(chat=False, max_tokens=12)
 
 
@@ -142,6 +143,31 @@ def test_a_blind_vote_is_for_the_column_that_was_seen(backend: EngineBackend) ->
         assert (vote.winner, vote.blind) == (desk.columns[1], True)
         assert desk.name(1) == desk.columns[1]
     assert len(orders) > 1
+
+
+def test_a_blind_column_tells_by_nothing_whose_it_is(backend: EngineBackend) -> None:
+    """Not by what it said before, when its name was seen, not by its colours, and not by an error."""
+    desk = _asked(backend, Desk(), settings=Settings(chat=True, max_tokens=5))
+    before = [answer.text for answer in desk.answers]
+    assert len(set(before)) == 3
+    for _ in desk.ask(backend, PROMPT, [*COLUMNS, "gone"], Settings(chat=True, max_tokens=5), blind=True):
+        pass
+    desk.score(backend)
+
+    def shown(view: render.View) -> str:
+        return "".join(render.column(desk, place, view, backend.adapters()) for place in range(4))
+
+    past = [f'ds-past">{text}<' for text in before]
+    for view in VIEWS:
+        assert not [text for text in (*past, "gone", "<mark", "ds-token") if text in shown(view)]
+    assert shown("plain").count("1 earlier turn, shown again after the vote") == 3
+    desk.vote(0)
+    assert all(text in shown("plain") for text in (*past, "gone"))
+    assert "<mark" in shown("differences")
+    assert "ds-token" in shown("surprise")
+    assert [vote.blind for vote in desk.votes] == [True]
+    desk.vote(None)  # by somebody who has seen the names
+    assert [vote.blind for vote in desk.votes] == [False]
 
 
 def test_one_vote_for_each_prompt(backend: EngineBackend) -> None:

@@ -54,6 +54,9 @@ def test_votes_are_exported_whole() -> None:
 def test_a_spreadsheet_is_given_no_formula() -> None:
     (_, row) = csv.reader(io.StringIO(to_csv([_vote("a", "a", prompt="=HYPERLINK(1)")])))
     assert row[1] == "'=HYPERLINK(1)"
+    items = (PromptItem("@SUM(1)", "-1"), PromptItem("1-1"))
+    rows = list(csv.reader(io.StringIO(table_csv(items, {"+x": ["\tcmd", "\n=1"]}))))
+    assert rows == [["prompt", "answer", "'+x"], ["'@SUM(1)", "'-1", "'\tcmd"], ["1-1", "", "'\n=1"]]
 
 
 def test_a_blind_order_is_one_of_all_and_says_nothing() -> None:
@@ -80,6 +83,13 @@ def test_surprise_grows_with_the_base_s_doubt() -> None:
     assert "--heat:1.000" in shown
     assert 'title="the base: 50.0%"' in shown
     assert "&lt;half&gt;" in shown
+
+
+def test_a_character_of_several_tokens_is_as_surprising_as_all_of_them() -> None:
+    shown = surprise([TokenScore("", -0.5), TokenScore("é", -0.1931), TokenScore("!", 0.0), TokenScore("", -9.0)])
+    assert shown.count("<span") == 2
+    assert 'title="the base: 50.0%">é<' in shown
+    assert 'title="the base: 100.0%">!<' in shown
 
 
 # Prompt sets

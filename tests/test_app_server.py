@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from app.backend import BASE
-from app.desk import Settings
+from app.desk import Settings, Turn
 from app.run import Answer, Run
 from app.server_backend import ServerBackend
+from app.server_score import pieces_of
 from dora_serve.errors import EngineError, UnavailableError
 from dora_serve.progress import ignore_progress
 from tests.app_cases import client, free_port, launched
@@ -109,8 +110,38 @@ def test_the_base_s_log_probabilities_of_a_plain_answer(backend: ServerBackend) 
     request = Settings(chat=False).request("style", "one two")
     scores = backend.score(request, " three four", ())
     assert [(score.text, score.logprob) for score in scores] == [(" three", -6.0), (" four", -5.0)]
-    with pytest.raises(UnavailableError, match="chat"):
-        backend.score(Settings().request("style", "one"), "x", ())
+
+
+def test_the_base_s_log_probabilities_of_a_chat_s_answer(server: FakeServer, backend: ServerBackend) -> None:
+    turns = (Turn("one", {"style": "two"}),)
+    request = Settings(system="Be brief.").request("style", "three", turns)
+    scores = backend.score(request, "big four five", ())
+    assert [(score.text, score.logprob) for score in scores] == [("big", -3.0), (" four", -5.0), (" five", -5.0)]
+    server.can_tokenize = False
+    with pytest.raises(UnavailableError, match="does not tell how it writes a chat as tokens"):
+        backend.score(request, "x", ())
+    server.can_tokenize, server.can_echo = True, False
+    for asked in (request, Settings(chat=False).request("style", "one")):
+        with pytest.raises(UnavailableError, match="echo is not supported"):
+            backend.score(asked, "x", ())
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens", "pieces"),
+    [
+        ("a bc", ["a", " bc"], ["a", " bc"]),
+        ("a \U0001f600 b", ["a", " \ufffd", "\ufffd", "\ufffd", " b"], ["a", "", "", " \U0001f600", " b"]),
+        ("\U0001f600", ["\ufffd", "\ufffd"], ["", "\U0001f600"]),
+        ("two words", ["two", "words"], ["two", " words"]),
+        ("x", ["x", "<end>"], ["x", ""]),
+        ("", [], []),
+    ],
+)
+def test_a_text_is_cut_where_its_tokens_are(text: str, tokens: list[str], pieces: list[str]) -> None:
+    assert pieces_of(text, tokens) == pieces
+
+
+def test_what_a_server_does_not_show_is_said(backend: ServerBackend) -> None:
     with pytest.raises(UnavailableError, match="does not show the weights"):
         backend.decompose("style", ignore_progress)
 
