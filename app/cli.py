@@ -80,6 +80,11 @@ def serve(shared: Shared, options: argparse.Namespace) -> None:
         for address in filter(None, (local, shared_at)):
             print(f"{shared.backend.label} is served at {address} (Ctrl-C ends it)", flush=True)
         threading.Event().wait()
+    except ValueError as error:  # Gradio has asked the page of itself, and a proxy or nobody has answered
+        raise UnavailableError(
+            f"The page is up, and this machine does not reach it at {options.host}: {error}",
+            remedy="Where a proxy is set, take it off for this machine: export NO_PROXY=localhost,127.0.0.1",
+        ) from error
     finally:
         page.close(verbose=False)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,8 +23,15 @@ def arguments() -> list[str]:
     return ["app", os.environ.get("DORA_SERVE_BASE", BASE), *adapters, "--host", "0.0.0.0", "--port", port]
 
 
+def ensure_home() -> None:
+    """Where the user has no home to write to, a temporary one, before anything is imported that keeps a cache there."""
+    if not os.access(os.path.expanduser("~"), os.W_OK):
+        os.environ["HOME"] = tempfile.mkdtemp(prefix="dora-serve-home-")
+
+
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))  # a Space installs the requirements, and not this repository
+    ensure_home()
+    sys.path[0] = str(ROOT)  # a Space installs the requirements, and not this repository
     from dora_serve.cli import main
 
     sys.exit(main(arguments()))
