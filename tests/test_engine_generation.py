@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -165,6 +166,20 @@ def test_token_ids_a_text_and_messages_are_the_same_prompt(engine: Engine, root:
 
 
 # How a text ends
+
+
+def test_token_ids_may_be_any_integers(engine: Engine, root: Path) -> None:
+    """Of numpy and torch as well, one by one or as an array; so may the other whole numbers of a request."""
+    ids = byte_tokenizer().encode(PROMPT, add_special_tokens=False)
+    numbers = np.array(ids)
+    sampling = Sampling(top_k=np.int64(3), seed=np.int64(5))
+    prompts: list[Any] = [ids, tuple(ids), list(numbers), numbers, torch.tensor(ids), list(torch.tensor(ids))]
+    requests = [ask("one", prompt=prompt, max_tokens=np.int32(COUNT), sampling=sampling) for prompt in prompts]
+    for answer in engine.complete(requests):
+        assert answer.token_ids == wanted(root, "one")
+    wrong: list[Any] = [numbers[None], numbers / 2, torch.tensor(0.5), [True, False], [1.0], np.array(["x"]), {3: 4}]
+    for answer in engine.complete([ask("one", prompt=prompt) for prompt in wrong]):
+        assert "a text, or a list of token ids" in str(answer.error)
 
 
 def test_it_ends_with_the_end_token(engine: Engine, root: Path) -> None:

@@ -243,6 +243,23 @@ def test_what_is_in_use_stays(world: World) -> None:
     assert tiers(engine) == {"a": "host", "b": "host", "c": "host", "d": "device"}
 
 
+def test_a_thread_does_not_wait_for_what_it_reads_itself(world: World) -> None:
+    """A generation that is half read by the thread that asks for another: nobody would ever read on."""
+    engine = world.engine("a", "b", device_limits=Limits(count=1))
+    half = engine.generate([Request(PROMPT, adapter="a", max_tokens=COUNT, ignore_eos=True)])
+    next(half)
+    stuck, base = ask(engine, "b", None)
+    assert "this same thread has read in part" in str(stuck.error)
+    assert base.token_ids == world.signatures[None]
+    with ThreadPoolExecutor(1) as other:
+        waiting = other.submit(ask, engine, "b")  # another thread waits, since this one reads on
+        tokens_of_a = [event.token_id for event in half if event.token_id is not None]
+        (answer,) = waiting.result(60)
+    assert len(tokens_of_a) == COUNT - 1
+    assert answer.token_ids == world.signatures["b"]
+    assert tokens(engine, "a") == world.signatures["a"]
+
+
 # Files that change
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from dora_serve.engine import Completion, Engine, Request, Sampling
+from dora_serve.engine.sampling import choose
 from dora_serve.errors import EngineError
 from tests.cases import LINEARS, SIZES, adapt, llama, load, save
 from tests.engine_oracle import Prompt, peft_model
@@ -115,6 +116,24 @@ def test_a_seed_gives_one_text_whatever_is_beside_it(engine: Engine) -> None:
                 assert answer.token_ids == alone.token_ids
     seeds = [request(PROMPTS[0], "dora", seed=seed, temperature=1.0, top_p=0.95) for seed in range(20)]
     assert len({answer.token_ids for answer in engine.complete(seeds)}) == 20
+
+
+def test_the_edge_of_top_k_is_settled_alone_only_where_it_is_close(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A token that top_k left out, and that would have won, changes nothing unless rounding could have let it in."""
+    alone: list[int] = []
+    settle = Engine.logits_alone
+    monkeypatch.setattr(Engine, "logits_alone", lambda *given: alone.append(1) or settle(*given))
+    for top_k in (1, 2):
+        (answer,) = engine.complete([request(PROMPTS[0], "dora", seed=3, temperature=2.0, top_k=top_k)])
+        assert len(answer.token_ids) == COUNT
+    assert len(alone) <= 2
+    logits = torch.tensor([0.0, 1.0, 1.0 + 1e-5, -3.0])
+    noise = torch.tensor([0.0, -9.0, 0.0, 0.0])
+    close = choose(logits, Sampling(temperature=2.0, top_k=1), [], noise)
+    assert close.token == 2
+    assert close.margin == pytest.approx(1e-5, rel=0.1)
 
 
 def test_without_a_seed_two_runs_differ(engine: Engine) -> None:

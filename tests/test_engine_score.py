@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+import dora_serve.engine.score  # noqa: F401, the package has a function of that name
 from dora_serve.engine import Engine, score
 from dora_serve.errors import EngineError
 from tests.cases import LINEARS, SIZES, adapt, llama, load, save
@@ -18,6 +20,7 @@ from tests.engine_oracle import peft_model
 from tests.engine_tokenizers import byte_tokenizer
 
 CONTEXT = 64
+score_module = sys.modules["dora_serve.engine.score"]
 SIZE: Mapping[str, Any] = {**SIZES, "vocab_size": 259, "max_position_embeddings": CONTEXT, "initializer_range": 0.3}
 NAMES = ("lora", "dora")
 TEXT = (1, 5, 9, 3, 77, 207, 12, 2, 258, 3)
@@ -75,6 +78,31 @@ def test_scores_are_those_of_peft(
         else:
             assert min(row.kl) > 100 * ROUNDING, "every place tells them apart"
     assert rows[0].kl == (0.0,) * len(scored)
+
+
+@pytest.mark.parametrize("size", [1, 3, 100])
+def test_a_text_in_pieces_is_scored_as_in_one(
+    engine: Engine, root: Path, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    """So many places at a time, whatever the length of the text: what is held of logits does not grow with it."""
+    prompt, order = (30, 31, 32, 33), (None, "lora", "dora")
+    whole = score(engine, TEXT, order, prompt=prompt)
+    held: list[int] = []
+    run = Engine.forward_in_pieces
+
+    def watched(*given: Any) -> Any:
+        for logits in run(*given):
+            held.append(logits.shape[1])
+            yield logits
+
+    monkeypatch.setattr(Engine, "forward_in_pieces", watched)
+    monkeypatch.setattr(score_module, "_MOST_LOGITS", size * len(order) * engine.vocabulary)
+    pieces = score(engine, TEXT, order, prompt=prompt)
+    assert (max(held), sum(held)) == (min(size, 14), 14)
+    for one, other in zip(whole, pieces, strict=True):
+        assert (one.adapter, one.token_ids) == (other.adapter, other.token_ids)
+        torch.testing.assert_close(torch.tensor(one.logprobs), torch.tensor(other.logprobs), rtol=0, atol=ROUNDING)
+        torch.testing.assert_close(torch.tensor(one.kl), torch.tensor(other.kl), rtol=0, atol=ROUNDING)
 
 
 def test_text_and_prompt_may_be_strings(engine: Engine) -> None:

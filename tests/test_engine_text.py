@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from dora_serve.engine.text import TextStream
-from tests.engine_tokenizers import BOS, EOS, FIRST_BYTE, byte_tokenizer, word_tokenizer
+from tests.engine_tokenizers import BOS, EOS, FIRST_BYTE, PAD, byte_tokenizer, word_tokenizer
 
 TEXTS = (
     "plain words, and more of them",
@@ -111,6 +111,19 @@ def test_a_stop_string_ends_the_text_and_is_no_part_of_it(
     assert stream.stopped == (wanted != text)
     if stream.stopped:
         assert stream.close() == ""
+
+
+def test_a_stop_string_may_be_a_special_token(tokenizer: Any) -> None:
+    """Which is no text, so that it cannot be found in it; what another stop string held back is shown."""
+    ids = [*tokenizer.encode("one EN", add_special_tokens=False), PAD, *tokenizer.encode("D", add_special_tokens=False)]
+    for stop in (("<pad>",), ("<pad>", "END")):
+        stream = TextStream(tokenizer, stop)
+        assert "".join(pieces(stream, ids)) == "one EN"
+        assert stream.stopped
+    for stop in ((), ("pad",), ("<pa",)):
+        stream = TextStream(tokenizer, stop)
+        assert "".join(pieces(stream, ids)) == "one END"
+        assert not stream.stopped
 
 
 def test_what_may_begin_a_stop_string_is_held_back_no_longer_than_that(tokenizer: Any) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import inspect
 import re
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from dora_serve.engine.pool import AdapterPool, Limits
 from dora_serve.engine.probe import Probe
 from dora_serve.engine.prompt_tokens import PromptTokens, context_of, end_tokens
 from dora_serve.engine.requests import Completion, Request
+from dora_serve.engine.running import Running
 from dora_serve.engine.self_check import require_batchable, require_same_alone
 from dora_serve.engine.sound import is_whole, require
 from dora_serve.errors import EngineError
@@ -73,6 +74,7 @@ class Engine:
             )
         self._accepts = frozenset(inspect.signature(model.forward).parameters)
         self._lock = threading.Lock()
+        self.running = Running()
         self._now = BatchOfNow()
         self._squared_norms: dict[str, Tensor] = {}
         names = ModuleNames(model)
@@ -168,14 +170,37 @@ class Engine:
             inputs["past_key_values"] = cache.layers
         if (last or cache is not None) and "logits_to_keep" in self._accepts:
             inputs["logits_to_keep"] = 1
+        logits = self._run(batch, inputs)
+        return logits if cache is None else logits[:, -1]
+
+    def forward_in_pieces(self, batch: Batch, tokens: Tensor, size: int) -> Iterator[Tensor]:
+        """The logits of all places, (rows, at most `size`, vocabulary) at a time, so that not all are held at once."""
+        if tokens.shape[1] <= size:
+            yield self.forward(batch, tokens)
+            return
+        from transformers import DynamicCache
+
+        cache = DynamicCache(config=self.model.config)
+        for start in range(0, tokens.shape[1], size):
+            piece = tokens[:, start : start + size]
+            stop = start + piece.shape[1]
+            inputs: dict[str, Any] = {"input_ids": piece, "use_cache": True, "past_key_values": cache}
+            inputs["attention_mask"] = torch.ones_like(tokens[:, :stop])
+            if "position_ids" in self._accepts:
+                inputs["position_ids"] = torch.arange(start, stop, device=self.device)[None]
+            yield self._run(batch, inputs)
+
+    def _run(self, batch: Batch | None, inputs: Mapping[str, Any]) -> Tensor:
+        """The model's logits, with the adapters of the batch on its layers."""
+        rows, places = inputs["input_ids"].shape
         with self._lock, torch.inference_mode():
             self._now.batch = batch if batch is not None and batch.adapters else None
-            self._now.shape = (tokens.shape[0], tokens.shape[1])
+            self._now.shape = (rows, places)
             try:
                 logits: Tensor = self.model(**inputs).logits
             finally:
                 self._now.batch = None
-        return logits if cache is None else logits[:, -1]
+        return logits
 
     @property
     def closeness(self) -> float:

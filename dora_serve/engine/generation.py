@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from dora_serve.engine.requests import Alternative, Completion, Event, FinishReason, Request, Timings
+from dora_serve.engine.running import Running
 from dora_serve.engine.sampling import choose, draw, new_generator
 from dora_serve.engine.sound import is_whole
 from dora_serve.engine.text import TextStream
@@ -58,6 +59,7 @@ class Decoder(Protocol):
     tokenizer: Any
     device: torch.device
     end_tokens: frozenset[int]
+    running: Running
 
     @property
     def pool(self) -> Pool: ...
@@ -100,7 +102,7 @@ class Generation:
 
     A step of the model is done when the next event is asked for and none is waiting. Several generations may run on one
     engine, each in its own thread: their steps take turns. One that is left half read keeps its adapters in use until
-    it is closed or gone.
+    it is closed or gone; a request of the same thread that would wait for that for ever gets an error.
     """
 
     def __init__(self, engine: Decoder, requests: Sequence[Request], max_rows: int) -> None:
@@ -113,6 +115,7 @@ class Generation:
         return self
 
     def __next__(self) -> Event:
+        self._decoding.reader = threading.get_ident()
         return next(self._events)
 
     def cancel(self, index: int) -> None:
@@ -152,6 +155,11 @@ class _Decoding:
         self._cancelled: set[int] = set()
         self._queued = time.perf_counter()
         self._lock = threading.Lock()
+        self.reader = 0
+        engine.running.add(self)
+
+    def holds_adapters(self) -> bool:
+        return any(row.adapter is not None for row in tuple(self._rows))
 
     def cancel(self, indices: set[int]) -> None:
         with self._lock:
@@ -202,8 +210,13 @@ class _Decoding:
                 continue
             yield from self._take(row, logits)
         self._waiting.extendleft(reversed(kept))
-        if kept and not self._rows:
-            time.sleep(0.005)  # another generation holds what these wait for
+        if kept and not self._rows:  # another generation holds what these wait for
+            if self._engine.running.only_own_thread_holds(self):
+                self._waiting.clear()
+                for index, request in kept:
+                    yield Event(index, finish_reason="error", error=_held(request.adapter), timings=self._no_time())
+            else:
+                time.sleep(0.005)
 
     def _new_row(self, index: int, request: Request) -> _Row:
         began = time.perf_counter()
@@ -320,6 +333,16 @@ def _not_finite(adapter: str | None) -> EngineError:
         f"{whose} makes logits that are NaN or infinite.",
         remedy="Its values are too large for the base's dtype, or its training diverged: try float32, or an earlier "
         "checkpoint.",
+        adapter=adapter,
+    )
+
+
+def _held(adapter: str | None) -> EngineError:
+    return EngineError(
+        f"There is no room on the device for the adapter {adapter!r}: another generation, which this same thread has "
+        "read in part, holds what would have to go.",
+        remedy="Read that one to its end or close it, read each in a thread of its own, or give the engine larger "
+        "device_limits.",
         adapter=adapter,
     )
 

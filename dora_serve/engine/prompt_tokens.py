@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dora_serve.engine.requests import Request
+from dora_serve.engine.sound import token_ids
 from dora_serve.errors import EngineError
 
 
@@ -32,7 +33,7 @@ class PromptTokens:
                 raise EngineError("The prompt is empty.", remedy="Give at least one character.")
             tokens = self._encode(request.prompt, special=special)
         else:
-            tokens = list(request.prompt or ())
+            tokens = token_ids(request.prompt) or []
         if not tokens:
             raise EngineError("The prompt has no tokens.", remedy="Give at least one.")
         wrong = [token for token in tokens if not 0 <= token < self.vocabulary]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from dora_serve.engine.sampling import Sampling
-from dora_serve.engine.sound import is_whole, require
+from dora_serve.engine.sound import is_whole, require, token_ids
 from dora_serve.errors import DoraServeError, EngineError
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
@@ -17,9 +17,10 @@ FinishReason = Literal["stop", "length", "cancelled", "error"]
 class Request:
     """One text to be continued.
 
-    prompt: a text or token ids; or else messages, as chat templates take them ({"role": ..., "content": ...}).
-    adapter: a name in the pool, None for the base. max_tokens: None goes on to the end of the context. stop: strings
-    that end the text, and are no part of it. top_logprobs: so many alternatives with every token.
+    prompt: a text or token ids (a list, or an array of one dimension); or else messages, as chat templates take them
+    ({"role": ..., "content": ...}). adapter: a name in the pool, None for the base. max_tokens: None goes on to the end
+    of the context. stop: strings that end the text, and are no part of it; a special token's name is one. top_logprobs:
+    so many alternatives with every token.
     """
 
     prompt: str | Sequence[int] | None = None
@@ -36,8 +37,7 @@ class Request:
         if (self.prompt is None) == (self.messages is None):
             raise EngineError("A request has a prompt or messages, and not both.", remedy="Give one of them.")
         plain = isinstance(self.prompt, str) or self.prompt is None
-        ids = isinstance(self.prompt, (list, tuple)) and all(is_whole(token) for token in self.prompt)
-        require("prompt", self.prompt, plain or ids, "a text, or a list of token ids (.tolist() makes one)")
+        require("prompt", self.prompt, plain or token_ids(self.prompt) is not None, "a text, or a list of token ids")
         require("adapter", self.adapter, self.adapter is None or isinstance(self.adapter, str), "a name, or none")
         counted = self.max_tokens is None or (is_whole(self.max_tokens) and self.max_tokens > 0)
         require("max_tokens", self.max_tokens, counted, "a whole number, 1 or more, or none")

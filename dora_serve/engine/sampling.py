@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -42,7 +43,7 @@ def new_generator(sampling: Sampling) -> torch.Generator:
     if sampling.seed is None:
         generator.seed()
     else:
-        generator.manual_seed(sampling.seed)
+        generator.manual_seed(operator.index(sampling.seed))
     return generator
 
 
@@ -75,13 +76,13 @@ def choose(logits: Tensor, sampling: Sampling, so_far: Sequence[int], noise: Ten
     race = scores - noise.to(scores)
     if not sampling.top_k and sampling.top_p == 1:
         return _first(race, sampling.temperature)
-    kept, slack = _kept(scores, sampling)
+    kept, slack, gap = _kept(scores, sampling)
     among = _first(race[kept], sampling.temperature)
     choice = Choice(int(kept[among.token]), among.margin)
     # Whether the last ones are kept is a matter of rounding, too: would another token win without them, or with more?
     for other in slack:
         if len(other) and int(other[_first(race[other], 1.0).token]) != choice.token:
-            return Choice(choice.token, 0.0)
+            return Choice(choice.token, min(choice.margin, gap))
     return choice
 
 
@@ -106,14 +107,17 @@ _SLACK = 1e-4
 """Of a probability: more than rounding moves a sum of them."""
 
 
-def _kept(scores: Tensor, sampling: Sampling) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """The ids that top_k and then top_p keep, likeliest first, and those that they would keep if they were a little
-    smaller or larger. As transformers' TopKLogitsWarper, TopPLogitsWarper: the fewest whose sum reaches top_p."""
+def _kept(scores: Tensor, sampling: Sampling) -> tuple[Tensor, tuple[Tensor, Tensor], float]:
+    """The ids that top_k and then top_p keep, likeliest first; those that they would keep if they were a little smaller
+    or larger; and how far in units of the logits they are from doing that. As transformers' TopKLogitsWarper and
+    TopPLogitsWarper: the fewest whose sum reaches top_p.
+    """
     size = min(sampling.top_k + 1, len(scores)) if sampling.top_k else min(_FEW, len(scores))
     values, ids = scores.topk(size)
     allowed = min(sampling.top_k, len(scores)) if sampling.top_k else len(scores)
     if sampling.top_p == 1:
-        return ids[:allowed], (ids[: allowed - 1], ids[: allowed + 1])
+        gap = float(values[allowed - 1] - values[allowed]) * sampling.temperature if size > allowed else math.inf
+        return ids[:allowed], (ids[: allowed - 1], ids[: allowed + 1]), gap
     total = values[:allowed].logsumexp(0) if sampling.top_k else scores.logsumexp(0)
     reached = (values - total).exp().cumsum(0)
     if not sampling.top_k and float(reached[-1]) < sampling.top_p + _SLACK and size < len(scores):
@@ -124,4 +128,4 @@ def _kept(scores: Tensor, sampling: Sampling) -> tuple[Tensor, tuple[Tensor, Ten
         for slack, limit in ((0.0, allowed), (-_SLACK, max(1, allowed - 1)), (_SLACK, min(allowed + 1, len(ids))))
     ]
     kept, fewer, more = (ids[:count] for count in counts)
-    return kept, (fewer, more)
+    return kept, (fewer, more), 0.0

@@ -6,7 +6,8 @@ The rows decode the same tokens (teacher forcing), so that their distributions c
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,6 +19,10 @@ from dora_serve.errors import EngineError
 
 if TYPE_CHECKING:
     from dora_serve.engine.engine import Engine
+
+
+_MOST_LOGITS = 1 << 26
+"""Numbers that are held at once, 256 MB in float32: a longer text goes through the model in pieces."""
 
 
 @dataclass(frozen=True)
@@ -48,28 +53,38 @@ def score(
     engine.room_for(Request(tokens, max_tokens=None), len(tokens) - 1)
     if len(tokens) < 2:
         raise EngineError("A text of one token has nothing to score.", remedy="Give a longer one, or a prompt.")
-    releases = []
-    try:
-        rows = []
-        for name in adapters:
-            prepared, release = (None, None) if name is None else engine.pool.acquire(name)
-            rows.append(prepared)
-            releases.append(release)
-        batch = torch.tensor([tokens] * len(rows), device=engine.device)
-        logits = engine.forward(Batch(tuple(rows), by_row=engine.by_row), batch)
-    finally:
-        for release in releases:
-            if release is not None:
-                release()
     start = max(1, len(before))
-    followed = torch.tensor(tokens[start:], device=engine.device)
+    found: list[_Row] = [_Row(name) for name in adapters]
+    with ExitStack() as leases:
+        rows = [None if name is None else leases.enter_context(engine.pool.lease(name)) for name in adapters]
+        batch = Batch(tuple(rows), by_row=engine.by_row)
+        inputs = torch.tensor([tokens] * len(rows), device=engine.device)
+        place = 0
+        for logits in engine.forward_in_pieces(batch, inputs, max(1, _MOST_LOGITS // (len(rows) * engine.vocabulary))):
+            first, last = max(start - 1, place), min(place + logits.shape[1], len(tokens) - 1)
+            if first < last:
+                followed = torch.tensor(tokens[first + 1 : last + 1], device=engine.device)
+                _add(found, logits[:, first - place : last - place], followed)
+            place += logits.shape[1]
+    return tuple(Score(row.adapter, tuple(tokens[start:]), tuple(row.logprobs), tuple(row.kl)) for row in found)
+
+
+@dataclass
+class _Row:
+    """A score as far as it is known."""
+
+    adapter: str | None
+    logprobs: list[float] = field(default_factory=list)
+    kl: list[float] = field(default_factory=list)
+
+
+def _add(found: Sequence[_Row], logits: Tensor, followed: Tensor) -> None:
+    """logits (rows, places, vocabulary), and the tokens (places,) that came after them."""
     first: Tensor | None = None
-    scores = []
-    for name, row in zip(adapters, logits, strict=True):
-        logprobs = row[start - 1 : -1].float().log_softmax(dim=-1)
+    for row, scores in zip(found, logits, strict=True):
+        logprobs = scores.float().log_softmax(dim=-1)
         first = logprobs if first is None else first
         share = first.exp()
         kl = torch.where(share > 0, share * (first - logprobs), 0.0).sum(dim=-1).clamp_(min=0)
-        own = logprobs.gather(1, followed[:, None])[:, 0]
-        scores.append(Score(name, tuple(tokens[start:]), tuple(own.tolist()), tuple(kl.tolist())))
-    return tuple(scores)
+        row.kl += kl.tolist()
+        row.logprobs += logprobs.gather(1, followed[:, None])[:, 0].tolist()

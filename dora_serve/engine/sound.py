@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import TypeGuard
 
 from dora_serve.errors import EngineError
@@ -19,4 +20,16 @@ def is_number(value: object) -> TypeGuard[float]:
 
 
 def is_whole(value: object) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool)
+    """Whether it is an integer, numpy's among them; a truth value is none."""
+    try:
+        return not isinstance(value, bool) and operator.index(value) == value  # type: ignore[arg-type]
+    except (TypeError, ValueError):  # a tensor of many
+        return False
+
+
+def token_ids(prompt: object) -> list[int] | None:
+    """A prompt that is given as token ids: of a list, a tuple, or an array of one dimension; None for anything else."""
+    listed = prompt.tolist() if hasattr(prompt, "tolist") else prompt
+    if not isinstance(listed, (list, tuple)) or not all(is_whole(token) for token in listed):
+        return None
+    return [operator.index(token) for token in listed]

@@ -19,6 +19,7 @@ class TextStream:
 
     def __init__(self, tokenizer: Any, stop: tuple[str, ...] = ()) -> None:
         self._tokenizer, self._stop = tokenizer, tuple(text for text in stop if text)
+        self._special = _special_ids(tokenizer, self._stop)
         self._ids: list[int] = []
         self._start = self._shown = 0  # of the tokens: where decoding begins, and up to where it has been given out
         self._held = ""
@@ -27,6 +28,9 @@ class TextStream:
     def push(self, token_id: int) -> str:
         if self._tokenizer is None:
             return ""
+        if token_id in self._special:
+            text, self.stopped = self.close(), True
+            return text
         self._ids.append(token_id)
         before = self._decode(self._start, self._shown)
         now = self._decode(self._start, len(self._ids))
@@ -59,6 +63,12 @@ class TextStream:
         held = max((_overlap(text, stop) for stop in self._stop), default=0)
         self._held = text[len(text) - held :]
         return text[: len(text) - held]
+
+
+def _special_ids(tokenizer: Any, stop: tuple[str, ...]) -> frozenset[int]:
+    """Of the stop strings that are special tokens: these are never shown as text, so they are known by their ids."""
+    added = getattr(tokenizer, "added_tokens_decoder", None) or {}
+    return frozenset(place for place, token in added.items() if token.special and token.content in stop)
 
 
 def _overlap(text: str, stop: str) -> int:

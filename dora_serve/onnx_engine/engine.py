@@ -25,6 +25,7 @@ from dora_serve.engine.generation import Generation, complete
 from dora_serve.engine.loading import load_tokenizer
 from dora_serve.engine.prompt_tokens import PromptTokens, context_of, end_tokens
 from dora_serve.engine.requests import Completion, Request
+from dora_serve.engine.running import Running
 from dora_serve.engine.sound import is_whole, require
 from dora_serve.errors import EngineError
 from dora_serve.onnx_engine.adapters import Feeding, Inputs, Switch, TableRows, Tables
@@ -58,6 +59,7 @@ class OnnxEngine:
         text = config.get("text_config")
         self._prompts = PromptTokens(tokenizer, graph.vocabulary, context_of(text) or context_of(config))
         self.end_tokens = end_tokens((read_json(folder, "generation_config.json"), config, tokenizer))
+        self.running = Running()
         self.pool = OnnxPool(graph.table, self._tables, self._lock, folder)
         self.closeness = 1e-3 if self._is_steady() else 0.0
         """Choices of a token that are closer than this, in logits, are made by a forward of that request alone: rows
