@@ -89,6 +89,13 @@ def test_an_environment_without_the_package_is_named(tmp_path: Path) -> None:
         genai_environment(str(tmp_path / "python"))
 
 
+def test_a_python_may_be_named_from_where_one_is(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    python = Path(genai_environment(None).python)
+    monkeypatch.chdir(python.parent.parent)
+    made = export(model, tmp_path / "out", genai_python=f"bin/{python.name}")
+    assert (made.folder / "model.onnx").is_file()
+
+
 def test_a_builder_that_fails_says_why(model: Path, tmp_path: Path) -> None:
     broken = tmp_path / "model"
     broken.mkdir()

@@ -44,6 +44,9 @@ class GenaiEnvironment:
 def genai_environment(python: str | None) -> GenaiEnvironment:
     """Of that Python, else of $DORA_SERVE_GENAI_PYTHON, else this one. Raises UnavailableError where it has none."""
     chosen = python or os.environ.get(PYTHON_VARIABLE) or sys.executable
+    if os.sep in chosen:
+        # The builder runs in another folder. Not resolved: through its link a Python knows which environment it is of.
+        chosen = os.path.abspath(os.path.expanduser(chosen))
     try:
         done = _run(chosen, ["describe"])
     except OSError as error:
