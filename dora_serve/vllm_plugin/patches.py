@@ -301,15 +301,13 @@ def _fill_slot(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _add_batch(original: Callable[..., Any]) -> Callable[..., Any]:
-    """PunicaWrapperBase.__init__: here it gets what `_look_at_batch` fills in. And vLLM leaves the slots of tokens as
-    they were found in memory, while a graph that is larger than its batch reads beyond what is written."""
+    """PunicaWrapperBase.__init__: here it gets what `_look_at_batch` fills in."""
 
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         from dora_serve.vllm_plugin.scaling import Batch
 
         original(self, *args, **kwargs)
-        self.dora = Batch()
-        self._token_lora_indices.fill_(-1)
+        self.dora = Batch(self._token_lora_indices)
 
     return init
 
@@ -320,7 +318,7 @@ def _look_at_batch(original: Callable[..., Any]) -> Callable[..., Any]:
 
     def update_base_metadata(self: Any, mapping: Any, lora_index_to_id: Any, *args: Any, **kwargs: Any) -> None:
         original(self, mapping, lora_index_to_id, *args, **kwargs)
-        self.dora.update(mapping.index_mapping, lora_index_to_id)
+        self.dora.update(self._token_lora_indices, mapping.index_mapping, lora_index_to_id)
 
     return update_base_metadata
 
@@ -350,18 +348,16 @@ def _scale_output_of_sharded(original: Callable[..., Any]) -> Callable[..., Any]
 def _scaled(layer: Any, output: Any) -> Any:
     import torch
 
-    wrapper = layer.punica_wrapper
+    from dora_serve.vllm_plugin.scaling import scale_rows
+
+    batch = layer.punica_wrapper.dora
+    is_compiling = torch.compiler.is_compiling()
     # Python is not looked at again once it is compiled; there the operator looks for itself.
-    if not torch.compiler.is_compiling() and not wrapper.dora.any_in_use:
+    if not is_compiling and not batch.any_in_use:
         return output
     scales = layer.slot_scales
-    torch.ops.dora_serve.scale_rows(
-        output.view(-1, output.shape[-1]),
-        scales.norm_scale,
-        scales.offset,
-        wrapper._token_lora_indices,
-        wrapper.dora.in_use,
-    )
+    scale = torch.ops.dora_serve.scale_rows if is_compiling else scale_rows
+    scale(output.view(-1, output.shape[-1]), scales.norm_scale, scales.offset, batch.rows, batch.row)
     return output
 
 

@@ -16,35 +16,34 @@ else:
 
     @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
     def _scale_rows(  # type: ignore[no-untyped-def]
-        rows, norm_scale, offset, slots, last, width, stride, HAS_OFFSET: tl.constexpr, BLOCK: tl.constexpr
+        outputs, norm_scale, offset, rows, last, width, stride, HAS_OFFSET: tl.constexpr, BLOCK: tl.constexpr
     ):
         token = tl.program_id(0)
-        slot = tl.load(slots + token)
-        # The rows that pad a batch to the size of a captured graph have whatever slot was there before.
-        if (slot >= 0) & (slot < last):
+        row = tl.load(rows + token)
+        if row < last:
             column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
             inside = column < width
-            place = rows + token.to(tl.int64) * stride + column
+            place = outputs + token.to(tl.int64) * stride + column
             value = tl.load(place, mask=inside).to(tl.float32)
-            value = value * tl.load(norm_scale + slot * width + column, mask=inside)
+            value = value * tl.load(norm_scale + row * width + column, mask=inside)
             if HAS_OFFSET:
-                value = value + tl.load(offset + slot * width + column, mask=inside)
-            tl.store(place, value.to(rows.dtype.element_ty), mask=inside)
+                value = value + tl.load(offset + row * width + column, mask=inside)
+            tl.store(place, value.to(outputs.dtype.element_ty), mask=inside)
 
 
-def scale_rows(rows: Tensor, norm_scale: Tensor, offset: Tensor | None, slots: Tensor) -> None:
-    """rows (tokens, width), contiguous along the width, in place."""
-    tokens, width = rows.shape
+def scale_rows(outputs: Tensor, norm_scale: Tensor, offset: Tensor | None, rows: Tensor) -> None:
+    """outputs (tokens, width), contiguous along the width, in place."""
+    tokens, width = outputs.shape
     block = 1024
     grid: Any = (tokens, -(-width // block))
     _scale_rows[grid](
-        rows,
+        outputs,
         norm_scale,
         norm_scale if offset is None else offset,
-        slots,
+        rows,
         norm_scale.shape[0] - 1,
         width,
-        rows.stride(0),
+        outputs.stride(0),
         HAS_OFFSET=offset is not None,
         BLOCK=block,
     )

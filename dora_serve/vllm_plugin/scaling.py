@@ -5,7 +5,7 @@ adapted layer keeps both factors in two static buffers with a row for each slot,
 and the base they are 1 and 0: such a token comes out as it went in, bit for bit.
 
 Safe for CUDA graphs and torch.compile by the construction of vLLM's own LoRA kernels: one custom operator, which
-writes into its argument, reads buffers that never move, and looks on the host at `in_use` to see whether it is needed.
+writes into its argument, reads buffers that never move, and looks on the host at `row` to see whether it is needed.
 A graph that is captured holds what it did then, and vLLM captures with dummy adapters, which count as DoRA, or with
 none at all, for batches that have none at all.
 """
@@ -17,30 +17,39 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
+NO_DORA, SEVERAL = -1, -2
+"""In `Batch.row`, in place of the row that all tokens have."""
+
 
 class Batch:
     """Of one punica wrapper, that is of the layers that see the same tokens: what its current batch needs.
 
-    slots: those that hold a DoRA. in_use: whether a token of the batch belongs to one; a tensor (1,) on the host for
-    the operator, `any_in_use` for Python that is not compiled.
+    slots: those that hold a DoRA. rows (tokens at most,): the row of each token in `SlotScales`, where the base has
+    the last one. row: the one that all tokens have, SEVERAL, or NO_DORA where no token belongs to a DoRA; a tensor (1,)
+    on the host for the operator. `any_in_use` says for Python that is not compiled whether one does.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, token_slots: Tensor) -> None:
         self.slots: set[int] = set()
+        self.rows = torch.zeros_like(token_slots)
         self.any_in_use = False
-        self.in_use = torch.zeros(1, dtype=torch.bool, device="cpu")
+        self.row = torch.full((1,), NO_DORA, device="cpu")
 
-    def update(self, adapters: Any, adapter_in_slot: list[int | None]) -> None:
-        """adapters: the id of each token's adapter, 0 for none."""
-        ids = {adapter_in_slot[slot] for slot in self.slots} - {None}
-        self.any_in_use = not ids.isdisjoint(adapters)
-        self.in_use.fill_(self.any_in_use)
+    def update(self, token_slots: Tensor, adapters: Any, adapter_in_slot: list[int | None]) -> None:
+        """token_slots: as `rows`, and -1 for the base; adapters: the id of each token's adapter, 0 for none."""
+        ids, of_doras = set(adapters), {adapter_in_slot[slot] for slot in self.slots} - {None}
+        self.any_in_use = not ids.isdisjoint(of_doras)
+        if not self.any_in_use:
+            self.row.fill_(NO_DORA)
+            return
+        torch.remainder(token_slots, len(adapter_in_slot) + 1, out=self.rows)
+        self.row.fill_(SEVERAL if len(ids) > 1 else adapter_in_slot.index(*ids))
 
 
 class SlotScales:
     """Of one layer with `width` outputs: norm_scale and offset, (slots + 1, width) in float32.
 
-    The last row is that of the base, whose tokens have the slot -1. offset is None where no bias was added yet.
+    The last row is that of the base. offset is None where no bias was added yet.
     """
 
     def __init__(self, slots: int, width: int, device: torch.device, bias: Tensor | None) -> None:
@@ -66,34 +75,37 @@ class SlotScales:
 
 # Both are Optional, not `| None`: torch's schemas know the one form alone.
 def scale_rows(
-    rows: Tensor,
+    outputs: Tensor,
     norm_scale: Tensor,
     offset: Optional[Tensor],  # noqa: UP045
-    slots: Tensor,
-    in_use: Tensor,
+    rows: Tensor,
+    row: Tensor,
 ) -> None:
-    """rows (tokens, width) in place; slots (at least tokens,): of each token. In float32, rounded once."""
-    if not in_use.item():
+    """outputs (tokens, width) in place; rows (at least tokens,) and row: of `Batch`. In float32, rounded once."""
+    only = row.item()
+    if only == NO_DORA:
         return
-    if rows.is_cuda:
+    if outputs.is_cuda:
         from dora_serve.vllm_plugin import scale_kernel
 
         if scale_kernel.AVAILABLE:
-            scale_kernel.scale_rows(rows, norm_scale, offset, slots)
+            scale_kernel.scale_rows(outputs, norm_scale, offset, rows)
             return
-    chosen = slots[: rows.shape[0]]
+    # On a device a graph may be captured, which holds for other rows as well.
+    chosen = rows[: outputs.shape[0]] if only == SEVERAL or outputs.device.type != "cpu" else row
+    scales = norm_scale.index_select(0, chosen)  # a third of what indexing with brackets costs
     if offset is None:
-        torch.mul(rows, norm_scale[chosen], out=rows)
+        torch.mul(outputs, scales, out=outputs)
     else:
-        torch.addcmul(offset[chosen], rows, norm_scale[chosen], out=rows)
+        torch.addcmul(offset.index_select(0, chosen), outputs, scales, out=outputs)
 
 
 def _does_nothing(
-    rows: Tensor,
+    outputs: Tensor,
     norm_scale: Tensor,
     offset: Optional[Tensor],  # noqa: UP045
-    slots: Tensor,
-    in_use: Tensor,
+    rows: Tensor,
+    row: Tensor,
 ) -> None:
     return None
 
@@ -104,7 +116,7 @@ LIBRARY = torch.library.Library("dora_serve", "FRAGMENT")
 
 def define_operator(dispatch_key: str) -> None:
     """Define `torch.ops.dora_serve.scale_rows` for a platform (as vLLM defines its own: torch's decorator is slow)."""
-    schema = torch.library.infer_schema(scale_rows, mutates_args=["rows"])
+    schema = torch.library.infer_schema(scale_rows, mutates_args=["outputs"])
     LIBRARY.define("scale_rows" + schema)
     LIBRARY.impl("scale_rows", scale_rows, dispatch_key=dispatch_key)
     LIBRARY._register_fake("scale_rows", _does_nothing)
