@@ -127,6 +127,12 @@ FAMILIES = (
         {"embedding": _on("word_embeddings", use_dora=True)},
     ),
     Family("gpt_neox", "gpt_neox", LONG, ("query_key_value", "dense"), {"head": _on("lm_head", use_dora=True)}),
+    Family(  # whose linear layers have a forward of their own
+        "falcon",
+        "falcon",
+        {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 40, **ENDS, **LIVELY},
+        ("query_key_value", "dense", "dense_h_to_4h"),
+    ),
     Family("phi3", "phi3", LONG, ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")),
     Family("mixtral", "mixtral", {**LONG, "num_local_experts": 3, "num_experts_per_tok": 2}, ATTENTION),
 )

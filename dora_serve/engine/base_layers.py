@@ -19,7 +19,8 @@ from dora_serve.module_names import is_conv1d
 
 def is_supported(module: nn.Module) -> bool:
     """Whether adapters can be put on this kind of layer."""
-    return _is_embedding(module) or is_conv1d(module) or _is_plain_linear(module) or _is_bnb(module)
+    kinds = (_is_embedding, is_conv1d, _is_plain_linear, _is_bnb, _acts_as_linear)
+    return any(is_kind(module) for is_kind in kinds)
 
 
 def dense_matrix(module: Any) -> Tensor:
@@ -78,6 +79,30 @@ def _is_embedding(module: nn.Module) -> bool:
 
 def _is_plain_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+
+
+def _acts_as_linear(module: nn.Module) -> bool:
+    """Whether a Linear with a forward of its own, as Falcon has them, does what a Linear does: it is tried, since
+    others round their inputs or hold codes for weights."""
+    if not isinstance(module, nn.Linear) or _is_bnb(module) or module.weight.dtype not in _DENSE:
+        return False
+    wide = torch.promote_types(module.weight.dtype, torch.float32)  # in 16 bits every answer is rounded much
+    other = copy.copy(module)
+    other._parameters = {
+        name: None if one is None else nn.Parameter(one.to(wide), requires_grad=False)
+        for name, one in module._parameters.items()
+    }
+    x = torch.randn((1, 2, module.in_features), generator=torch.Generator().manual_seed(0)).to(other.weight)
+    with torch.inference_mode():
+        try:
+            got, wanted = other(x), functional.linear(x, other.weight, other.bias)
+        except Exception:  # whatever a layer raises that is none
+            return False
+    rounding = 64 * torch.finfo(wide).eps
+    return got.shape == wanted.shape and bool((got - wanted).norm() <= rounding * wanted.norm())
+
+
+_DENSE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def _is_bnb(module: nn.Module) -> bool:
