@@ -118,6 +118,7 @@ def _engine(options: argparse.Namespace, progress: OnProgress) -> tuple[Backend,
     """The engine on the base that is named, or on the embedded one with its example adapters."""
     from app.engine_backend import EngineBackend
     from dora_serve.engine import Engine
+    from dora_serve.engine.scale_cache import default_folder
 
     base, examples = options.base, []
     if base is None:
@@ -127,7 +128,8 @@ def _engine(options: argparse.Namespace, progress: OnProgress) -> tuple[Backend,
         if not options.adapter and EXAMPLES.is_dir():
             examples = [(path.name, str(path)) for path in sorted(EXAMPLES.iterdir()) if path.is_dir()]
     device = None if options.device == "auto" else options.device
-    return EngineBackend(Engine.load(base, device=device, on_progress=progress), base), examples
+    engine = Engine.load(base, device=device, scale_cache=default_folder(), on_progress=progress)
+    return EngineBackend(engine, base), examples
 
 
 def _with_onnx(

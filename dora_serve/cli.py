@@ -220,6 +220,7 @@ def _generate(options: argparse.Namespace, parser: CommandParser) -> int:
     import torch
 
     from dora_serve.engine import Engine, complete
+    from dora_serve.engine.scale_cache import default_folder
     from dora_serve.errors import EngineError
     from dora_serve.onnx_engine.engine import OnnxEngine, is_exported
     from dora_serve.terminal import TerminalProgress
@@ -247,6 +248,7 @@ def _generate(options: argparse.Namespace, parser: CommandParser) -> int:
                 device=device,
                 max_rows=len(requests),
                 max_rank=options.max_rank,
+                scale_cache=default_folder(),
                 on_progress=progress,
             )
         reports = {name: engine.pool.load(name, path, options=read) for name, path in options.adapter}

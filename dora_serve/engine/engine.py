@@ -33,6 +33,7 @@ from dora_serve.engine.probe import Probe
 from dora_serve.engine.prompt_tokens import PromptTokens, context_of, end_tokens
 from dora_serve.engine.requests import Completion, Request
 from dora_serve.engine.running import Running
+from dora_serve.engine.scale_cache import ScaleCache, identity
 from dora_serve.engine.self_check import require_batchable, require_same_alone
 from dora_serve.engine.sound import is_whole, require
 from dora_serve.errors import EngineError
@@ -46,7 +47,8 @@ class Engine:
 
     tokenizer: None for a model that is given token ids and asked for them. max_rows: so many requests decode at a time.
     device_limits, host_limits: of the pool's tiers, no limit by default. max_rank: larger adapters are refused.
-    files: what the model was loaded from, so that norm scales beside an adapter may be taken for it.
+    files: what the model was loaded from, so that norm scales beside an adapter may be taken for it. scale_cache: a
+    folder where the norm scales of its DoRAs are kept, so that one that was loaded before loads as a LoRA does.
 
     Raises UnavailableError for an architecture whose attention cannot be batched here.
     """
@@ -62,6 +64,7 @@ class Engine:
         host_limits: Limits | None = None,
         label: str = "this base",
         files: Path | None = None,
+        scale_cache: Path | None = None,
     ) -> None:
         self.model, self.tokenizer, self.max_rows = model.eval(), tokenizer, max_rows
         self.config = model.config.get_text_config()
@@ -84,14 +87,19 @@ class Engine:
         require_same_alone(model, lambda tokens, cache: self.forward(None, tokens, cache), self.vocabulary, self.device)
         self._prompts = PromptTokens(tokenizer, self.vocabulary, context_of(self.config))
         self.end_tokens = end_tokens((getattr(model, "generation_config", None), model.config, tokenizer))
-        self.base = Base(label, names, self._layers, self._squared_norm, cache(partial(fingerprint_of, files)))
+        fingerprint = cache(partial(fingerprint_of, files))
+        kept = None
+        if scale_cache is not None and files is not None:
+            kept = ScaleCache(scale_cache, cache(partial(identity, files, fingerprint, self._layers, self.device)))
+        self.base = Base(label, names, self._layers, self._squared_norm, fingerprint, kept)
+        self.probe = Probe(self._layers, self._find_reached).changes
         self.pool = AdapterPool(
             self.base,
             self.device,
             max_rank=max_rank,
             device_limits=device_limits,
             host_limits=host_limits,
-            probe=Probe(self._layers, self._find_reached).changes,
+            probe=self.probe,
         )
 
     @staticmethod

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dora_serve.adapter import PAPER_NORM, Adapter, LoraWeights, Replacement
 from dora_serve.engine.base_layers import compute_dtype, dense_matrix
+from dora_serve.engine.scale_cache import ScaleCache
 from dora_serve.errors import PlanError, Problem
 from dora_serve.magnitudes import SAMPLED, RowLengths, require_plausible
 from dora_serve.module_names import ModuleNames, is_conv1d
@@ -76,7 +77,8 @@ class PreparedAdapter:
 class Base:
     """What preparing needs of the model. layers: the layers that can be adapted, by run-time name. squared_norms:
     `||w_i||^2` of a layer by name, computed when first asked for and shared by all adapters. fingerprint: of the files
-    that the base was loaded from, None where it came from none.
+    that the base was loaded from, None where it came from none. kept: the norm scales of adapters that were loaded
+    before, None to compute them each time.
     """
 
     label: str
@@ -84,6 +86,7 @@ class Base:
     layers: Mapping[str, nn.Module]
     squared_norms: Callable[[str], Tensor]
     fingerprint: Callable[[], str | None] = lambda: None
+    kept: ScaleCache | None = None
 
 
 @torch.inference_mode()
@@ -111,7 +114,8 @@ def prepare(
     modules: dict[str, Factors] = {}
     if not problems:
         loaded = {path: _load(weights, base.layers[path]) for path, weights in fitting.items()}
-        scales = {**_norm_scales(loaded, base, norm_scales or {}), **(norm_scales or {})}
+        scales = dict(norm_scales) if norm_scales else _kept_or_computed(loaded, base)
+        scales |= _norm_scales(loaded, base, scales)
         if not adapter.magnitudes_are_norms:
             _require_norms(loaded, scales, base)
         modules = {path: _factors(one, scales.get(path)) for path, one in loaded.items()}
@@ -189,6 +193,26 @@ def _load(weights: LoraWeights, layer: nn.Module) -> _Loaded:
     device = layer.weight.device
     dtype = torch.promote_types(compute_dtype(layer), torch.float32)
     return _Loaded(weights, weights.lora_A.load().to(device), weights.lora_B.load().to(device), dtype)  # type: ignore[arg-type]
+
+
+def _kept_or_computed(loaded: Mapping[str, _Loaded], base: Base) -> dict[str, Tensor]:
+    """`norm_scale` (out,) of each module with a magnitude: from those that are kept, or computed and kept."""
+    scaled = {path: one for path, one in sorted(loaded.items()) if one.weights.magnitude is not None}
+    key = None
+    if base.kept is not None and scaled:
+        key = base.kept.key(
+            ((path, one.weights.scaling, one.weights.norm, one.dtype), (one.lora_A, one.lora_B, _magnitude(one)))
+            for path, one in scaled.items()
+        )
+    if base.kept is None or key is None:
+        return _norm_scales(loaded, base, {})
+    found = base.kept.get(key, {path: (one.dtype, len(one.lora_B)) for path, one in scaled.items()})
+    if found:
+        return found
+    scales = _norm_scales(loaded, base, {})
+    if all(map(_is_finite, scales.values())):
+        base.kept.put(key, scales)
+    return scales
 
 
 def _norm_scales(loaded: Mapping[str, _Loaded], base: Base, known: Mapping[str, Tensor]) -> dict[str, Tensor]:
