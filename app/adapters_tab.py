@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from app import render
-from app.shared import Shared, name_for
+from app.shared import Shared, name_for, require_name
 from app.uploads import unpack
 from dora_serve.errors import DoraServeError
 
@@ -59,7 +59,7 @@ def add_adapters_tab(shared: Shared, refreshed: list[Any], refresh: Callable[...
             if paths and where.strip():
                 raise DoraServeError("Both a folder and files are given.", remedy="Take one of them away.")
             source = unpack(paths, shared.uploads) if paths else shared.source(where)
-            given = called.strip() or name_for(paths[0].stem if paths else source)
+            given = require_name(called.strip()) or name_for(paths[0].stem if paths else source)
             before = shared.loaded_from(given)
             report = backend.load(given, source, replace=instead)
         except DoraServeError as error:

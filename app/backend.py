@@ -20,7 +20,9 @@ BASE = "base"
 
 @dataclass(frozen=True)
 class AdapterRow:
-    """One loaded adapter; None for what a backend does not tell. nbytes: in memory. load_seconds: what loading took."""
+    """One loaded adapter; None for what a backend does not tell. nbytes: in memory; share_of_base: of the base's own.
+    load_seconds: what loading took.
+    """
 
     name: str
     source: str
@@ -29,6 +31,7 @@ class AdapterRow:
     rank: int | None = None
     modules: int | None = None
     nbytes: int | None = None
+    share_of_base: float | None = None
     tier: str | None = None
     in_use: int | None = None
     load_seconds: float | None = None

@@ -234,7 +234,12 @@ class Desks:
 
 
 def require_askable(prompt: str, columns: Sequence[str]) -> None:
-    """Raise DoraServeError for a prompt that is empty or absurdly long, and for no columns, too many, or one twice."""
+    """Raise DoraServeError for a prompt that is empty, absurdly long or no text, and for no columns, too many, or one
+    twice; whatever a program sent in their places."""
+    if not isinstance(prompt, str) or not isinstance(columns, (list, tuple)) or not all(map(_is_text, columns)):
+        raise DoraServeError("What is asked is not a text and a list of columns.", remedy="Give both.")
+    if not _is_text(prompt):
+        raise DoraServeError("The prompt holds what is no Unicode text.", remedy="Take its half characters out.")
     if not prompt.strip():
         raise DoraServeError("The prompt is empty.", remedy="Write something.")
     if len(prompt) > MOST_CHARACTERS:
@@ -246,6 +251,14 @@ def require_askable(prompt: str, columns: Sequence[str]) -> None:
             f"{len(columns)} columns are chosen: wanted 1 to {MOST_COLUMNS}, each another one.",
             remedy="Choose the base and some adapters.",
         )
+
+
+def _is_text(value: object) -> bool:
+    """Whether it can be sent on: half of a surrogate pair, as JSON may hold it, is no character."""
+    try:
+        return isinstance(value, str) and value.encode() is not None
+    except UnicodeEncodeError:
+        return False
 
 
 def _with(values: tuple[Any, ...], place: int, value: object) -> tuple[Any, ...]:

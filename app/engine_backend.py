@@ -27,9 +27,10 @@ class EngineBackend:
     def __init__(self, engine: Engine, base: str) -> None:
         self.engine, self.label = engine, base.rstrip("/").rpartition("/")[2] or base
         self._base = base
+        self._base_nbytes = sum(parameter.nbytes for parameter in engine.model.parameters())
 
     def adapters(self) -> tuple[AdapterRow, ...]:
-        return tuple(map(row_of, self.engine.pool.list()))
+        return tuple(row_of(entry, base_nbytes=self._base_nbytes) for entry in self.engine.pool.list())
 
     def load(self, name: str, source: str | Path, *, replace: bool = False) -> str:
         return said_of(self.engine.pool.load(name, source, replace=replace))

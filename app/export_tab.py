@@ -3,7 +3,9 @@
 The one part of the app that stands on the exporters; everything else stands on the engine.
 """
 
+import re
 import zipfile
+from hashlib import sha256
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -127,7 +129,8 @@ def _push(shared: Shared, name: str | None, exporter: str, repo_id: str, token: 
             "No token is given.", remedy="Make one that may write at https://huggingface.co/settings/tokens."
         )
     folder = _folder(shared, name, exporter)
-    if not folder.is_dir():
+    if not folder.is_dir() or shared.exports.get((name, exporter)) != shared.loaded_from(name):
+        # Nor what an adapter was exported to that had this name before.
         raise DoraServeError(f"{name!r} is not exported to {exporter} yet.", remedy="Merge and verify it first.")
     done = push(PushRequest(folder, repo_id, public=public, token=token), show)
     seen = "private" if done.plan.private else "public"
@@ -139,7 +142,9 @@ def _push(shared: Shared, name: str | None, exporter: str, repo_id: str, token: 
 
 def _folder(shared: Shared, name: str, exporter: str) -> Path:
     """Where the export of an adapter lies."""
-    return shared.uploads.parent / "exports" / f"{Path(name).name}-{exporter}"
+    plain = re.sub(r"[^\w.-]+", "-", name)
+    stem = name if plain == name else f"{plain}-{sha256(name.encode()).hexdigest()[:8]}"
+    return shared.uploads.parent / "exports" / f"{stem}-{exporter}"
 
 
 def _export(shared: Shared, name: str, exporter: str, show: Any) -> tuple[Path, str]:
@@ -150,7 +155,11 @@ def _export(shared: Shared, name: str, exporter: str, show: Any) -> tuple[Path, 
     adapter, base = shared.backend.paths(name)
     out = _folder(shared, name, exporter)
     out.parent.mkdir(parents=True, exist_ok=True)
+    source = shared.loaded_from(name)
+    shared.exports.pop((name, exporter), None)
     made = run_export(ExportRequest(adapter=adapter, base=base, out=out, to=exporter, overwrite=True), show)
+    if source is not None:
+        shared.exports[name, exporter] = source
     return out, export_text(made)
 
 

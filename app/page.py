@@ -98,9 +98,11 @@ def _top(label: str) -> str:
     from html import escape
 
     return (
-        f'<div class="ds-top"><h1>dora-serve</h1><p>One base, <code>{escape(label)}</code>, and many adapters on it: '
-        "every column answers the same prompt in the same batch. LoRA adds a small trained matrix to the frozen "
-        "weights; DoRA also learns how long each output row should be. The base is the control.</p></div>"
+        f'<div class="ds-top"><h1>dora-serve</h1><p>One base model, <code>{escape(label)}</code>, and adapters on it: '
+        "small files of trained changes, its own weights stay as they are. Every column answers the same prompt in the "
+        "same batch. The base, without an adapter, is the control: what another column says otherwise is what training "
+        "changed, and what it costs stands above and below the answer. LoRA adds a product of two thin matrices to a "
+        "weight; DoRA also learns the length of each of its rows.</p></div>"
     )
 
 

@@ -6,8 +6,8 @@ from app.backend import AdapterRow
 from dora_serve.engine.pool import AdapterInfo, LoadReport
 
 
-def row_of(entry: AdapterInfo, mark: str = "") -> AdapterRow:
-    """mark: what the page puts after the name."""
+def row_of(entry: AdapterInfo, mark: str = "", *, base_nbytes: int | None = None) -> AdapterRow:
+    """mark: what the page puts after the name. base_nbytes: of the base in memory, where it is known."""
     return AdapterRow(
         name=f"{entry.name}{mark}",
         source=str(entry.path),
@@ -16,6 +16,7 @@ def row_of(entry: AdapterInfo, mark: str = "") -> AdapterRow:
         rank=entry.rank,
         modules=entry.modules,
         nbytes=entry.nbytes,
+        share_of_base=entry.nbytes / base_nbytes if base_nbytes else None,
         tier=entry.tier,
         in_use=entry.in_use,
         load_seconds=entry.load_seconds,

@@ -13,6 +13,8 @@ from app.spreadsheet import csv_text
 from dora_serve.errors import DoraServeError
 
 MOST_PROMPTS = 1000
+MOST_BYTES = 20_000_000
+"""Of a file: far more than so many prompts take."""
 _PROMPT_KEYS, _ANSWER_KEYS = ("prompt", "question", "input"), ("answer", "completion", "expected", "output")
 
 
@@ -27,6 +29,9 @@ def read_prompts(path: Path) -> tuple[PromptItem, ...]:
 
     Raises DoraServeError for a file that is none of these, holds nothing, or more than MOST_PROMPTS.
     """
+    size = path.stat().st_size if path.is_file() else 0
+    if size > MOST_BYTES:
+        raise DoraServeError(f"{path.name!r} has {size:,} bytes.", remedy=f"Give {MOST_BYTES:,} at most.")
     try:
         text = path.read_text(encoding="utf-8-sig")
         items = _parse(path.suffix.lower(), text)

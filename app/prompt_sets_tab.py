@@ -53,7 +53,8 @@ def add_prompt_sets_tab(shared: Shared) -> Any:
             if path is None:
                 raise DoraServeError("There is no file of prompts yet.", remedy="Choose one.")
             items = read_prompts(Path(path))
-            require_askable("\n".join(item.prompt for item in items)[:1000], names)
+            for item in items:
+                require_askable(item.prompt, names)
             settings = Settings(chat=as_chat, max_tokens=int(most_tokens))
             requests = [settings.request(name, item.prompt) for item in items for name in names]
             running[session] = started = Run(shared.backend, requests)

@@ -71,7 +71,7 @@ def adapter_table(adapters: Sequence[AdapterRow]) -> str:
             row.format or "–",
             _or_dash(row.rank),
             _or_dash(row.modules),
-            format_bytes(row.nbytes) if row.nbytes is not None else "–",
+            _memory(row) or "–",
             row.tier or "–",
             f"{row.load_seconds:.2f} s" if row.load_seconds is not None else "–",
             {True: "yes", False: "NO", None: "–"}[row.changes_output],
@@ -130,7 +130,15 @@ def _facts(row: AdapterRow | None) -> list[str]:
     if row is None:
         return ["not loaded any more"]
     facts = [row.method, f"rank {row.rank}" if row.rank else None, f"{row.modules} modules" if row.modules else None]
-    return [fact for fact in (*facts, format_bytes(row.nbytes) if row.nbytes is not None else None) if fact]
+    return [fact for fact in (*facts, _memory(row)) if fact]
+
+
+def _memory(row: AdapterRow) -> str | None:
+    """What an adapter costs beside the base, which all of them share."""
+    if row.nbytes is None:
+        return None
+    share = f" = {row.share_of_base:.1%} of the base" if row.share_of_base is not None else ""
+    return f"{format_bytes(row.nbytes)}{share}"
 
 
 def _chips(facts: Sequence[str]) -> str:

@@ -11,15 +11,19 @@ from pathlib import Path
 
 from app.backend import BASE, Backend
 from app.desk import MOST_COLUMNS, Desks
-from dora_serve.errors import AdapterError
+from dora_serve.errors import AdapterError, DoraServeError
 from dora_serve.hub import hub_repository
+
+MOST_NAME = 64
+"""Characters of an adapter's name."""
 
 
 @dataclass(frozen=True)
 class Shared:
     """uploads: where uploaded adapters are put. folders: adapters on this machine are read below these alone.
 
-    chosen: the columns of a fresh page, as far as they are loaded.
+    chosen: the columns of a fresh page, as far as they are loaded. exports: of an adapter's name and an exporter, where
+    the adapter that was exported had come from.
     """
 
     backend: Backend
@@ -27,6 +31,7 @@ class Shared:
     folders: tuple[Path, ...] = ()
     chosen: tuple[str, ...] = ()
     desks: Desks = field(default_factory=Desks)
+    exports: dict[tuple[str, str], str] = field(default_factory=dict)
 
     def columns(self) -> list[str]:
         """The base, and every adapter that is loaded."""
@@ -47,9 +52,12 @@ class Shared:
             return text
         if not text:
             raise AdapterError("No adapter is named.", remedy="Give a folder, a Hub id, or files.")
-        if not Path(text).exists() and hub_repository(text) is not None:
-            return text
-        path = Path(os.path.realpath(os.path.expanduser(text)))
+        try:
+            if not Path(text).exists() and hub_repository(text) is not None:
+                return text
+            path = Path(os.path.realpath(os.path.expanduser(text)))
+        except (OSError, ValueError) as error:  # far too long, or with a null byte
+            raise AdapterError(f"{text[:100]!r} is no path: {error}.", remedy="Give a folder or a Hub id.") from error
         if not any(path.is_relative_to(os.path.realpath(folder)) for folder in self.folders):
             allowed = ", ".join(repr(str(folder)) for folder in self.folders) or "none"
             raise AdapterError(
@@ -69,7 +77,18 @@ class Shared:
         return next((row.source for row in self.backend.adapters() if row.name == name), None)
 
 
+def require_name(name: str) -> str:
+    """The name that a person gave an adapter. Raises DoraServeError for one that no page can show as it is: too long,
+    or with characters that cannot be seen or turn what stands beside them."""
+    if len(name) > MOST_NAME or not name.isprintable():
+        raise DoraServeError(
+            f"An adapter cannot be called {name[:MOST_NAME]!r}{'…' if len(name) > MOST_NAME else ''}.",
+            remedy=f"Give it a name of {MOST_NAME} visible characters at most.",
+        )
+    return name
+
+
 def name_for(source: str | Path) -> str:
     """A name for an adapter that got none: the last part of where it comes from."""
     last = re.split(r"[/:]", str(source).split("@")[0].rstrip("/"))[-1]
-    return re.sub(r"[^\w.-]+", "-", last).strip("-") or "adapter"
+    return re.sub(r"[^\w.-]+", "-", last).strip("-")[:MOST_NAME] or "adapter"

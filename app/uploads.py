@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import lzma
 import shutil
 import stat
+import struct
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
@@ -14,6 +17,18 @@ from dora_serve.errors import AdapterError
 MOST_BYTES = 1 << 30
 _CONFIG = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"
+_BROKEN: tuple[type[Exception], ...] = (
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    struct.error,
+    NotImplementedError,
+    RuntimeError,
+    EOFError,
+    OSError,
+    ValueError,
+)
+"""What zipfile raises, depending on where an archive is damaged; RuntimeError for a password."""
 _KEPT = (".safetensors", ".json", ".md", ".txt")
 
 
@@ -73,7 +88,7 @@ def _unzip(path: Path, folder: Path, most_bytes: int) -> Path:
                 where = PurePosixPath(entry.filename)
                 if where.parent == inside:
                     _extract(archive, entry, folder / where.name)
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, OSError) as error:
+    except _BROKEN as error:
         raise AdapterError(
             f"{path.name!r} cannot be unpacked: {error}.", remedy="Zip the adapter's folder again, without a password."
         ) from error

@@ -11,6 +11,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+import onnxruntime
 import pytest
 import torch
 import transformers
@@ -113,9 +114,15 @@ def test_one_client_s_stop_does_not_touch_another_s(url: str) -> None:
 
 @pytest.mark.parametrize(
     ("prompt", "columns", "said"),
-    [("", NAMES, "prompt is empty"), ("x" * 10**6, NAMES, "1,000,000"), ("x", [], "0 col")],
+    [
+        ("", NAMES, "prompt is empty"),
+        ("x" * 10**6, NAMES, "1,000,000"),
+        ("x", [], "0 col"),
+        ("x", "base", "not a text and a list"),
+        (None, NAMES, "not a text and a list"),
+    ],
 )
-def test_what_cannot_be_asked_is_a_sentence(url: str, prompt: str, columns: list[str], said: str) -> None:
+def test_what_cannot_be_asked_is_a_sentence(url: str, prompt: Any, columns: Any, said: str) -> None:
     with pytest.raises(AppError, match=said):
         _generate(client(url), columns, prompt)
 
@@ -196,6 +203,9 @@ def test_bad_uploads_are_said_and_change_nothing(url: str, folders: Path, tmp_pa
     assert "No adapter is named" in _add(one)
     assert "Both a folder and files" in _add(one, "x", files=[noise])
     assert "cannot be called &#x27;base&#x27;" in _add(one, str(folders / "adapters" / "lora"), name="base")
+    lora = str(folders / "adapters" / "lora")
+    for name in ("x" * 65, "a\u202eb", "two\nlines"):
+        assert "a name of 64 visible characters" in _add(one, lora, name=name)
     assert _names(one) == before
     assert not list((folders / "uploads").iterdir())
     assert not (folders / "evil.json").exists()
@@ -250,6 +260,33 @@ def test_an_adapter_is_merged_verified_and_handed_over(url: str, folders: Path) 
         assert torch.allclose(value, merged[key], rtol=1e-5, atol=1e-6), key
     assert "There is no adapter" in _exported(one, "gone")
     assert "No adapter is chosen" in _exported(one, None)
+
+
+@pytest.mark.parametrize(
+    ("to", "files", "shown"),
+    [
+        ("onnx", {"model.onnx"}, "ONNX Runtime (CPUExecutionProvider) against torch"),
+        ("onnx-adapters", {"model.onnx", "adapters/"}, "8 of 8 go on alike"),
+    ],
+)
+def test_an_export_may_be_onnx(url: str, to: str, files: set[str], shown: str, tmp_path: Path) -> None:
+    """Its stages are told while it runs, its tables shown, and ONNX Runtime takes what is downloaded."""
+    job = client(url).submit("dora", to, api_name="/export")
+    stages: list[str] = []
+    while not job.done():
+        stages += [unit.desc for unit in job.status().progress_data or () if unit.desc not in stages[-1:]]
+        time.sleep(0.02)
+    said, report, download = job.result()
+    assert "Exported to" in said
+    assert len(set(stages)) > 2, stages
+    assert "Verified: the merged model is the unmerged one" in report
+    assert shown in report
+    with zipfile.ZipFile(download["value"]) as archive:
+        archive.extractall(tmp_path)
+    found = {path.relative_to(tmp_path / f"dora-{to}").as_posix() for path in tmp_path.rglob("*") if path.is_file()}
+    assert all([name for name in found if name.startswith(file)] for file in files)
+    session = onnxruntime.InferenceSession(tmp_path / f"dora-{to}" / "model.onnx", providers=["CPUExecutionProvider"])
+    assert "input_ids" in [one.name for one in session.get_inputs()]
 
 
 def _exported(one: Any, name: str | None) -> str:

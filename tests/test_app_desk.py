@@ -206,6 +206,7 @@ def test_surprise_is_the_base_s_own_log_probability(backend: EngineBackend, fold
     [
         ("  ", COLUMNS, "prompt is empty"),
         ("x" * 10**6, COLUMNS, "1,000,000 characters"),
+        ("half of one: \ud800", COLUMNS, "no Unicode text"),
         ("x", [], "0 columns"),
         ("x", ["base", "base"], "each another one"),
         ("x", [str(number) for number in range(7)], "7 columns"),

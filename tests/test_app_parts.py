@@ -127,6 +127,7 @@ def test_prompts_of_a_text_are_its_lines(tmp_path: Path) -> None:
         ("a.jsonl", '{"question": 1}', "no `prompt`"),
         ("a.csv", "x,y\n1,2\n", "no `prompt`"),
         ("a.pdf", "x", "suffix is .pdf"),
+        ("a.txt", "x" * 20_000_001, "20,000,001 bytes"),
     ],
 )
 def test_a_file_that_holds_no_prompts_is_said_to(tmp_path: Path, name: str, text: str, said: str) -> None:
@@ -194,6 +195,25 @@ def test_a_zip_with_links_or_too_much_in_it_is_refused(tmp_path: Path) -> None:
     assert not list((tmp_path / "into").iterdir())
 
 
+def test_a_zip_that_is_damaged_anywhere_is_refused_in_words(tmp_path: Path) -> None:
+    """Each byte turned in its place: unpacked as it was, or refused, and never anything else."""
+    entries = {"adapter_config.json": b"{}" * 50, "adapter_model.safetensors": b"0123456789" * 30}
+    packed = tmp_path / "a.zip"
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, contents in entries.items():
+            archive.writestr(name, contents)
+    whole, refused = packed.read_bytes(), 0
+    for place in range(len(whole)):
+        packed.write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
+        try:
+            folder = unpack([packed], tmp_path / "into")
+        except AdapterError:
+            refused += 1
+        else:
+            assert {path.name for path in folder.iterdir()} <= entries.keys()
+    assert refused > len(whole) // 2
+
+
 def test_what_is_no_zip_or_only_half_an_adapter_is_refused(tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match="cannot be unpacked"):
         unpack([_file(tmp_path, "a.zip", "no zip")], tmp_path / "into")
@@ -215,6 +235,9 @@ def test_only_the_given_folders_are_read(tmp_path: Path) -> None:
     (tmp_path / "adapters" / "link").symlink_to(tmp_path / "secret")
     assert shared.source(str(tmp_path / "adapters" / "a")) == tmp_path / "adapters" / "a"
     assert shared.source("user/name@main:sub") == "user/name@main:sub"
+    for text in ("x\0y", "y" * 10_000):
+        with pytest.raises(AdapterError, match="is no path"):
+            shared.source(text)
     for path in (tmp_path / "secret", tmp_path / "adapters" / ".." / "secret", tmp_path / "adapters" / "link"):
         with pytest.raises(AdapterError, match="in no folder that this page may read"):
             shared.source(str(path))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -119,6 +120,16 @@ def test_an_export_is_published_and_linked(page: Page) -> None:
     assert not page.hub.repositories["anna/open"].private
     assert {request.token for request in page.hub.requests} <= {TOKEN, None, OF_THE_MACHINE}
     assert not [one for one in page.hub.requests if one.token == OF_THE_MACHINE and "anna" in one.path]
+
+
+def test_what_had_the_name_before_is_not_published(page: Page) -> None:
+    """The export is of the adapter that was exported, and not of one that has its name now."""
+    assert "Exported to" in page.one.predict("dora", "safetensors", api_name="/export")[0]
+    folder = next(page.home.parent.rglob("adapters/dora"))
+    other = shutil.copytree(folder.with_name("lora"), folder.with_name("other-lora"))
+    for path in (other, folder):
+        page.one.predict(str(path), None, "dora", True, ["base"], api_name="/add_adapter")
+        assert ("is not exported" in page.push("anna/dora")) == (path == other)
 
 
 def test_what_is_wrong_is_a_sentence(page: Page) -> None:
