@@ -82,7 +82,7 @@ class LoraWeights:
     lora_A (r, in), lora_B (out, r), magnitude (out,) or None for plain LoRA, lora_bias (out,) or None. A module of
     which only the magnitude was trained has rank 0, and its lora_A is (0, 0): only the base knows its inputs.
     norm: what the magnitude is set against. row_order: whose order the outputs are in, where that is not the base's;
-    `row_order.in_base_order` puts them into it.
+    `row_order.in_base_order` puts them into it. scaling_is_stated: the files do not hold the scale, a user said it.
     """
 
     module: str
@@ -94,6 +94,7 @@ class LoraWeights:
     lora_bias: LazyTensor | None = None
     norm: Norm = PAPER_NORM
     row_order: RowOrder = "base"
+    scaling_is_stated: bool = False
 
     @property
     def rank(self) -> int:

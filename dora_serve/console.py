@@ -145,15 +145,24 @@ def print_error(program: str, error: DoraServeError, *, as_json: bool, indent: i
 
 FORMAT_NAMES = (
     *("torchtune", "peft", "nvlabs", "mlx", "adalora", "dynamic", "tensorrt-llm", "bayesian", "fsdp-qlora"),
-    *("megatron", "ai-toolkit", "diffusers", "onetrainer", "lycoris"),
+    *("megatron", "ai-toolkit", "diffusers", "onetrainer", "kohya"),
 )
 """Those of `dora_serve.formats`, which is not imported before a command runs."""
+
+_OTHER_NAMES = {"lycoris": "kohya"}
+"""What else a format may be called: LyCORIS writes kohya's names."""
 
 
 def add_reading(parser: argparse.ArgumentParser) -> None:
     """What a user may allow a reader of adapters, and tell it; `read_options` takes it up."""
     named = ", ".join(FORMAT_NAMES)
-    parser.add_argument("--format", choices=FORMAT_NAMES, metavar="NAME", help=f"{named}; default: look")
+    parser.add_argument(
+        "--format",
+        type=lambda text: _OTHER_NAMES.get(text, text),
+        choices=FORMAT_NAMES,
+        metavar="NAME",
+        help=f"{named} (lycoris is kohya); default: look",
+    )
     parser.add_argument(
         "--lora-alpha",
         type=lambda text: text if text == "rank" else _positive(text, "a positive number, or rank"),
@@ -171,6 +180,11 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
         metavar="EPS",
         help="what the trainer added to the norm, where it is unsaid",
     )
+    parser.add_argument(
+        "--allow-missing-magnitudes",
+        action="store_true",
+        help="modules without a magnitude are plain LoRA, though others of their kind have one",
+    )
     parser.add_argument("--allow-pickle", action="store_true", help="read a .bin adapter, as weights only")
     parser.add_argument(
         "--ignore-config", action="append", default=[], metavar="KEY", help="a key known not to change the weights"
@@ -187,6 +201,7 @@ def read_options(options: argparse.Namespace) -> ReadOptions:
         lora_alpha=options.lora_alpha,
         magnitudes=options.magnitudes,
         norm_eps=options.norm_eps,
+        allow_missing_magnitudes=options.allow_missing_magnitudes,
     )
 
 

@@ -59,7 +59,7 @@ def test_there_and_back_is_exact_to_the_bit(tmp_path: Path, to: str, dora: bool,
     adapt(start, tmp_path / "adapter", target_modules=TARGETS, use_dora=dora, dtype=dtype)
     run(tmp_path / "adapter", to, tmp_path / "there")
     if to == "kohya":
-        assert read_adapter(tmp_path / "there").format == "lycoris"
+        assert read_adapter(tmp_path / "there").format == "kohya"
         with pytest.raises(DoraServeError, match="--base"):
             convert(ConvertRequest(str(tmp_path / "there"), "peft"))
     run(tmp_path / "there", "peft", tmp_path / "back", base=str(base))

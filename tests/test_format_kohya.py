@@ -66,7 +66,7 @@ def test_language_model(tmp_path: Path, options: dict[str, Any]) -> None:
     start = llama()
     save(start, tmp_path / "base")
     trained = train(start, tmp_path / "adapter" / "name.safetensors", targets=["LlamaDecoderLayer"], **options)
-    assert read_adapter(tmp_path / "adapter").format == "lycoris"
+    assert read_adapter(tmp_path / "adapter").format == "kohya"
     theirs = logits(trained, tokens(start))
     check_forward(tmp_path, start, tokens(start), theirs, TOLERANCE)
 
@@ -162,7 +162,7 @@ def test_alpha(tmp_path: Path, base: Path, alpha: Tensor | None, scaling: float)
     wanted = {Q: direction(base, tensors, scaling)}
     check_weights(base, tmp_path / "adapter.safetensors", tmp_path / "merged", wanted)
     notes = read_adapter(tmp_path / "adapter.safetensors").notes
-    assert any("without an alpha" in note for note in notes) == (alpha is None)
+    assert any("no alpha" in note for note in notes) == (alpha is None)
 
 
 def test_a_missing_alpha_can_be_said(tmp_path: Path, base: Path) -> None:
@@ -236,7 +236,7 @@ def test_faults_are_named(tmp_path: Path, fault: str) -> None:
     plant, kind, message = FAULTS[fault]
     plant(tmp_path / "adapter.safetensors")
     with pytest.raises(kind, match=message):
-        read_adapter(tmp_path / "adapter.safetensors", ReadOptions(format="lycoris"))
+        read_adapter(tmp_path / "adapter.safetensors", ReadOptions(format="kohya"))
 
 
 def test_names_that_mean_nothing_here(tmp_path: Path) -> None:

@@ -24,7 +24,8 @@ from dora_serve.formats import (
     tensorrt_llm,
     torchtune,
 )
-from dora_serve.formats.files import CONFIG_NAME, open_weights
+from dora_serve.formats.files import CONFIG_NAME, PICKLES, header, open_weights, peek_config
+from dora_serve.formats.kohya_names import weights_file
 from dora_serve.formats.options import ReadOptions
 
 __all__ = ["FORMATS", "Format", "ReadOptions", "read_adapter"]
@@ -55,7 +56,7 @@ FORMATS: Mapping[str, Format] = {
     "ai-toolkit": Format("ai-toolkit", ai_toolkit.sniff, ai_toolkit.read),
     "diffusers": Format("diffusers", diffusers.sniff, diffusers.read),
     "onetrainer": Format("OneTrainer", onetrainer.sniff, onetrainer.read),
-    "lycoris": Format("LyCORIS and kohya's sd-scripts", lycoris.sniff, lycoris.read),
+    "kohya": Format("LyCORIS and kohya's sd-scripts", lycoris.sniff, lycoris.read),
 }
 """In the order in which they are tried."""
 
@@ -69,9 +70,10 @@ def read_adapter(path: Path, options: ReadOptions | None = None) -> Adapter:
     options = options or ReadOptions()
     if not path.exists():
         raise AdapterError(no_such_path("The adapter", path), remedy="Check the path.", path=str(path))
-    read = _format_of(path, options).read
-    adapter = read(path, options)
-    _require_of_use(read, path, options, adapter)
+    if options.format is not None:
+        _require_no_contradiction(path, options.format)
+    adapter = _format_of(path, options).read(path, options)
+    _require_of_use(path, options, adapter)
     if options.magnitudes is None:
         return adapter
     if options.magnitudes == "norm":
@@ -83,9 +85,36 @@ def read_adapter(path: Path, options: ReadOptions | None = None) -> Adapter:
     return replace(adapter, modules=tuple(quotients))
 
 
-def _require_of_use(
-    read: Callable[[Path, ReadOptions], Adapter], path: Path, options: ReadOptions, adapter: Adapter
-) -> None:
+_READ_AS: Mapping[str, tuple[str, ...]] = {
+    "peft": ("peft", "torchtune", "tensorrt-llm"),
+    "nvlabs": ("nvlabs", "tensorrt-llm"),
+}
+"""Formats that share a configuration, by that of the trainer whose it is."""
+
+
+def _require_no_contradiction(path: Path, named: str) -> None:
+    """Raises AdapterError where a format was named, and a configuration beside the weights is another's: that holds the
+    scale, which the reader that was named would take from elsewhere or for 1.
+    """
+    folder = path if path.is_dir() else path.parent
+    own = next((name for name in ("peft", "nvlabs", "mlx", "adalora") if FORMATS[name].sniff(folder)), None)
+    if own == "mlx" and not peek_config(folder):
+        return
+    where = f"{CONFIG_NAME} in {str(folder)!r}"
+    if own is None and diffusers.METADATA_KEY in header(weights_file(path))[1]:
+        own, where = "diffusers", f"the metadata of {str(weights_file(path))!r}"
+    if own is None or named in _READ_AS.get(own, (own,)):
+        return
+    raise AdapterError(
+        f"--format {named} was said, and {where} is {FORMATS[own].label}'s, which holds the scale of the update.",
+        remedy=f"Leave --format away, or say --format {own}; if the weights are another training's, move them away "
+        "from there.",
+        option="--format",
+        path=str(path),
+    )
+
+
+def _require_of_use(path: Path, options: ReadOptions, adapter: Adapter) -> None:
     """Raises AdapterError where something was said that changes nothing: the record would say that it did."""
 
     def refuse(option: str, why: str) -> AdapterError:
@@ -93,15 +122,10 @@ def _require_of_use(
             f"{option} was said, and {why}.", remedy=f"Leave {option} away.", option=option, path=str(path)
         )
 
-    if options.lora_alpha is not None:
-        try:
-            without = read(path, replace(options, lora_alpha=None))
-        except AdapterError as error:
-            if error.facts.get("option") != "--lora-alpha":
-                raise
-        else:
-            if [one.scaling for one in without.modules] == [one.scaling for one in adapter.modules]:
-                raise refuse("--lora-alpha", "the adapter's own files hold its scale")
+    if options.lora_alpha is not None and not any(module.scaling_is_stated for module in adapter.modules):
+        raise refuse("--lora-alpha", "the adapter's own files hold its scale")
+    if options.allow_missing_magnitudes and len({module.magnitude is None for module in adapter.modules}) < 2:
+        raise refuse("--allow-missing-magnitudes", "no module lacks a magnitude beside others that have one")
     if options.norm_eps is not None and all(
         module.magnitude is None or module.norm.eps != options.norm_eps for module in adapter.modules
     ):
@@ -131,10 +155,18 @@ def _unknown(path: Path, options: ReadOptions) -> AdapterError:
     else:
         found = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else [path.name]
         got = ", ".join(found[:12]) + (", ..." if len(found) > 12 else "") if found else "nothing"
+    remedy = "Give the folder or file that the trainer wrote; if you know its format, name it with --format."
+    if path.is_file() and (path.parent / CONFIG_NAME).is_file():
+        remedy = f"Give the folder, whose {CONFIG_NAME} says how to read it: {str(path.parent)!r}."
+    elif pickles := [file.name for file in (path.iterdir() if path.is_dir() else [path]) if file.suffix in PICKLES]:
+        remedy = (
+            f"The names in {pickles[0]} are not read before you allow it: say --allow-pickle and the format, for "
+            "example --format torchtune (which then also needs its adapter_config.json or --lora-alpha)."
+        )
     labels = ", ".join(adapter_format.label for name, adapter_format in FORMATS.items() if name != "peft")
     return AdapterError(
         f"{str(path)!r} holds no adapter that is known here: got {got}, wanted a folder with adapter_config.json "
         f"and its weights (PEFT), or what one of these writes: {labels}.",
-        remedy="Give the folder or file that the trainer wrote; if you know its format, name it with --format.",
+        remedy=remedy,
         path=str(path),
     )

@@ -15,15 +15,13 @@ import torch
 from torch import Tensor
 
 from dora_serve.adapter import Adapter, LazyTensor, LoraWeights
-from dora_serve.formats.factors import Roles, group, misfit, not_understood, pair
+from dora_serve.formats.factors import Roles, group, not_understood, of_each, pair
 from dora_serve.formats.files import (
     CONFIG_NAME,
     find_weights,
-    no_weights,
-    open_weights,
+    open_finite,
     peek_config,
     read_config,
-    require_finite,
 )
 from dora_serve.formats.options import ReadOptions
 from dora_serve.formats.peft import WEIGHTS, saved_tensor, strip_prefix
@@ -54,40 +52,28 @@ def read(path: Path, options: ReadOptions) -> Adapter:
     config = checked_config(plain, path / CONFIG_NAME)
     start = rank_of(raw, "init_r", 12)
     alpha = number(raw, "lora_alpha", 8)
-    file = find_weights(path, *WEIGHTS)
-    if file is None:
-        raise no_weights(path, WEIGHTS[:1])
-    weights = open_weights(file, options.allow_pickle)
-    require_finite(weights)
-    parts = group({strip_prefix(name): tensor for name, tensor in weights.tensors.items()}, _ROLES)
+    weights = open_finite(path, find_weights(path, *WEIGHTS), WEIGHTS[:1], options.allow_pickle)
+    tensors = {strip_prefix(name): tensor for name, tensor in weights.tensors.items()}
+    parts = group(tensors, _ROLES, keeps_rest=True)
     saved = {name: saved_tensor(name, tensor, config) for name, tensor in parts.rest.items()}
     unknown = {name: parts.rest[name] for name, change in saved.items() if change is None}
     if unknown:
         raise not_understood(unknown)
-    problems: list[str] = []
-    modules: list[LoraWeights] = []
-    pruned = [module for module, found in parts.modules.items() if _is_pruned(found)]
-    for module, found in parts.modules.items():
-        if module in pruned:
-            continue
-        try:
-            modules.append(_of_module(module, found, alpha, start))
-        except ValueError as error:
-            problems.append(str(error))
-    if problems:
-        raise misfit(file, problems)
+    made = of_each(weights.file, parts, lambda module, found: _of_module(module, found, alpha, start))
+    modules = tuple(module for module in made if module is not None)
+    pruned = len(made) - len(modules)
     base, revision, task = (raw.get(key) for key in ("base_model_name_or_path", "revision", "task_type"))
     return Adapter(
         path=path,
         format="adalora",
-        modules=tuple(modules),
+        modules=modules,
         replacements=tuple(change for change in saved.values() if change is not None),
         base=str(base) if base else None,
         base_revision=str(revision) if revision else None,
         task_type=str(task) if task else None,
-        files=(path / CONFIG_NAME, file),
+        files=(path / CONFIG_NAME, weights.file),
         config=raw,
-        notes=(f"All ranks of {len(pruned)} modules were pruned: nothing is added to them.",) if pruned else (),
+        notes=(f"All ranks of {pruned} modules were pruned: nothing is added to them.",) if pruned else (),
     )
 
 
@@ -97,7 +83,10 @@ def _is_pruned(found: Mapping[str, LazyTensor]) -> bool:
     return shapes.get("lora_E") == (0, 1) and shapes.get("lora_A", (1,))[0] == 0 and shapes.get("lora_B", (0,))[-1] == 0
 
 
-def _of_module(module: str, found: Mapping[str, LazyTensor], alpha: float, start: int) -> LoraWeights:
+def _of_module(module: str, found: Mapping[str, LazyTensor], alpha: float, start: int) -> LoraWeights | None:
+    """None where no rank was kept."""
+    if _is_pruned(found):
+        return None
     if not {"lora_A", "lora_B", "lora_E"} <= found.keys():
         raise ValueError(f"{module}: has {', '.join(sorted(found))}, wanted lora_A, lora_B and lora_E")
     both = pair(module, found["lora_A"], found["lora_B"], ("lora_A", "lora_B"))

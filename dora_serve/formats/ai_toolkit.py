@@ -23,8 +23,8 @@ def read(path: Path, options: ReadOptions) -> Adapter:
     """Read a file or a folder with one."""
 
     def to_norm(module: str, stored: LazyTensor) -> tuple[LazyTensor, Norm]:
-        if not stored.shape or prod(stored.shape) not in (stored.shape[0], stored.shape[-1]):
-            raise ValueError(f"{module}: magnitude {list(stored.shape)}, wanted [out]")
+        if not stored.shape or prod(stored.shape) != stored.shape[0]:
+            raise ValueError(f"{module}: a magnitude {list(stored.shape)}, and ai-toolkit's are [out]")
         return stored.map((prod(stored.shape),), torch.flatten), PAPER_NORM
 
     return read_kohya(path, options, "ai-toolkit", lambda _: to_norm)

@@ -17,14 +17,18 @@ import torch
 
 from dora_serve.adapter import Adapter, LazyTensor, LoraWeights
 from dora_serve.errors import AdapterError
-from dora_serve.formats.factors import Roles, group, misfit, not_understood, pair
-from dora_serve.formats.files import no_weights, open_weights, require_finite, tensor_names
+from dora_serve.formats.factors import Roles, group, of_each, pair
+from dora_serve.formats.files import open_finite, tensor_names
 from dora_serve.formats.kohya_names import DIFFUSERS_NAME, weights_file
+from dora_serve.formats.mixed import require_magnitudes
 from dora_serve.formats.options import ReadOptions
 from dora_serve.formats.peft_config import PeftConfig, checked_config, require_mergeable
 from dora_serve.formats.values import stated_scaling
 
 METADATA_KEY = "lora_adapter_metadata"
+_WHY = (
+    f"the metadata have no {METADATA_KEY}, and diffusers' loader takes alpha = rank then, whatever it was trained with"
+)
 COMPONENT = re.compile(r"^(unet|transformer|prior|text_encoder|text_encoder_2|text_encoder_3|controlnet|decoder)\.")
 _DOWN = r"(?:lora\.down|lora_linear_layer\.down|lora_A(?:\.default(?:_\d+)?)?)"
 _UP = r"(?:lora\.up|lora_linear_layer\.up|lora_B(?:\.default(?:_\d+)?)?)"
@@ -46,31 +50,24 @@ def sniff(path: Path) -> bool:
 
 def read(path: Path, options: ReadOptions) -> Adapter:
     """Read a file or a folder with one. Raises AdapterError, with every problem at once, or where alpha is not said."""
-    file = weights_file(path)
-    if file is None:
-        raise no_weights(path, (DIFFUSERS_NAME,))
-    weights = open_weights(file, options.allow_pickle)
-    require_finite(weights)
-    configs = _configs(file, weights.metadata, options)
+    weights = open_finite(path, weights_file(path), (DIFFUSERS_NAME,), options.allow_pickle)
+    configs = _configs(weights.file, weights.metadata, options)
     parts = group(weights.tensors, _ROLES, _renamed)
-    if parts.rest:
-        raise not_understood(parts.rest)
-    problems: list[str] = []
-    modules: list[LoraWeights] = []
-    for module, found in parts.modules.items():
-        try:
-            modules.append(_of_module(module, found, configs, options))
-        except ValueError as error:
-            problems.append(str(error))
-    if problems:
-        raise misfit(file, problems)
+    modules = of_each(weights.file, parts, lambda module, found: _of_module(module, found, configs, options))
+    unsaid = [module for module in modules if _component(module.module) not in configs]
     return Adapter(
         path=path,
         format="diffusers",
         modules=tuple(modules),
-        files=(file,),
+        files=(weights.file,),
         config={name: config.raw for name, config in configs.items()},
+        notes=tuple(require_magnitudes(weights.file, unsaid, options)),
     )
+
+
+def _component(module: str) -> str:
+    match = COMPONENT.match(module)
+    return match[1] if match else ""
 
 
 def _renamed(module: str) -> str:
@@ -97,8 +94,7 @@ def _configs(file: Path, metadata: Mapping[str, str], options: ReadOptions) -> d
         raise AdapterError(f"{METADATA_KEY} of {str(file)!r} is no JSON object.", remedy="Save it again.")
     by_component: dict[str, dict[str, object]] = {}
     for key, value in table.items():
-        match = COMPONENT.match(str(key))
-        component = match[1] if match else ""
+        component = _component(str(key))
         by_component.setdefault(component, {})[str(key).removeprefix(f"{component}.")] = value
     for raw in by_component.values():
         require_mergeable(raw, options.ignore_config, str(file))
@@ -110,8 +106,7 @@ def _of_module(
 ) -> LoraWeights:
     if "lora_A" not in found or "lora_B" not in found:
         raise ValueError(f"{module}: has {', '.join(sorted(found))}, wanted both of its factors")
-    match = COMPONENT.match(module)
-    component = match[1] if match else ""
+    component = _component(module)
     name = module.removeprefix(f"{component}.")
     config = configs.get(component)
     both = pair(module, found["lora_A"], found["lora_B"], ("down", "up"), config.rank(name) if config else None)
@@ -125,27 +120,24 @@ def _of_module(
             f"{module}: has {'a' if magnitude is not None else 'no'} lora_magnitude_vector, and the metadata say "
             f"use_dora = {config.use_dora}"
         )
+    said = _scaling(module, name, found.get("alpha"), both.rank, config)
     return LoraWeights(
         module=module,
         kind=both.kind,
         lora_A=both.lora_A,
         lora_B=both.lora_B,
-        scaling=_scaling(module, name, found.get("alpha"), both.rank, config, options),
+        scaling=stated_scaling(options, both.rank, _WHY) if said is None else said,
+        scaling_is_stated=said is None,
         magnitude=magnitude.map((prod(magnitude.shape),), torch.flatten) if magnitude is not None else None,
     )
 
 
-def _scaling(
-    module: str, name: str, alpha: LazyTensor | None, rank: int, config: PeftConfig | None, options: ReadOptions
-) -> float:
+def _scaling(module: str, name: str, alpha: LazyTensor | None, rank: int, config: PeftConfig | None) -> float | None:
+    """What the file says, None where it says nothing."""
     if alpha is not None:
         if prod(alpha.shape) != 1:
             raise ValueError(f"{module}: alpha {list(alpha.shape)}, wanted a scalar")
         return float(alpha.load()) / rank
     if config is not None and "lora_alpha" in config.raw:
         return config.scaling(name)
-    why = (
-        f"the metadata have no {METADATA_KEY}, and diffusers' loader takes alpha = rank then, whatever it was trained "
-        "with"
-    )
-    return stated_scaling(options, rank, why)
+    return None

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from dora_serve.adapter import Adapter, LazyTensor, LoraWeights, Replacement
 from dora_serve.errors import AdapterError
-from dora_serve.formats.factors import Roles, group, misfit, pair
-from dora_serve.formats.files import find_weights, load_pickle, no_weights, open_weights, require_finite, tensor_names
+from dora_serve.formats.factors import Roles, group, misfit, of_each, pair
+from dora_serve.formats.files import find_weights, load_pickle, open_finite, tensor_names
 from dora_serve.formats.options import ReadOptions
 from dora_serve.formats.values import stated_scaling
 
@@ -42,35 +42,24 @@ def sniff(path: Path) -> bool:
 
 def read(path: Path, options: ReadOptions) -> Adapter:
     """Read the folder of a training, or the state of a model. Raises AdapterError, with every problem at once."""
-    file = find_weights(path, *WEIGHTS)
-    if file is None:
-        raise no_weights(path, WEIGHTS)
-    weights = open_weights(file, options.allow_pickle)
-    require_finite(weights)
+    weights = open_finite(path, find_weights(path, *WEIGHTS), WEIGHTS, options.allow_pickle)
     masks = _masks(path, options)
-    parts = group(weights.tensors, _ROLES, _renamed)
-    problems: list[str] = []
-    modules: list[LoraWeights] = []
-    pruned = 0
-    for module, found in parts.modules.items():
-        try:
-            weights_of, kept = _of_module(module, found, masks, options)
-        except ValueError as error:
-            problems.append(str(error))
-            continue
-        pruned += found["lora_A"].shape[0] - kept
-        if weights_of is not None:
-            modules.append(weights_of)
-    if problems:
-        raise misfit(file, problems)
-    files = (file, path / PRUNED) if masks is not None else (file,)
+    parts = group(weights.tensors, _ROLES, _renamed, keeps_rest=True)
+    scaled = {module for module, found in parts.modules.items() if "scaler" in found}
+    if lost := sorted(parts.modules.keys() - scaled if scaled else ()):
+        raise misfit(weights.file, [f"{module}: has no lora_scaler, and others have" for module in lost])
+    made = of_each(weights.file, parts, lambda module, found: _of_module(module, found, masks, options))
+    modules = tuple(module for module in made if module is not None)
+    kept = sum(module.rank for module in modules)
+    pruned = sum(found["lora_A"].shape[0] for found in parts.modules.values()) - kept
+    files = (weights.file, path / PRUNED) if masks is not None else (weights.file,)
     return Adapter(
         path=path,
         format="dynamic",
-        modules=tuple(modules),
+        modules=modules,
         replacements=tuple(_replacement(_renamed(name), tensor) for name, tensor in parts.rest.items()),
         files=files,
-        notes=(f"{pruned} components were pruned in training, {sum(m.rank for m in modules)} are left.",),
+        notes=(f"{pruned} components were pruned in training, {kept} are left.",),
     )
 
 
@@ -97,15 +86,15 @@ def _masks(path: Path, options: ReadOptions) -> Mapping[str, Tensor] | None:
 
 def _of_module(
     module: str, found: Mapping[str, LazyTensor], masks: Mapping[str, Tensor] | None, options: ReadOptions
-) -> tuple[LoraWeights | None, int]:
-    """The module as plain LoRA of the components that are left, None for none, and how many these are."""
+) -> LoraWeights | None:
+    """The module as plain LoRA of the components that are left, None for none."""
     if "lora_A" not in found or "lora_B" not in found:
         raise ValueError(f"{module}: has {', '.join(sorted(found))}, wanted both factors")
     both = pair(module, found["lora_A"], found["lora_B"], ("lora_a_linear", "lora_b_linear"))
     scaling = stated_scaling(options, both.rank, _WHY)
     scaler = found.get("scaler")
     if scaler is None:
-        return LoraWeights(module, both.kind, both.lora_A, both.lora_B, scaling), both.rank
+        return LoraWeights(module, both.kind, both.lora_A, both.lora_B, scaling, scaling_is_stated=True)
     if scaler.shape != (both.rank,):
         raise ValueError(f"{module}: lora_scaler {list(scaler.shape)}, wanted [{both.rank}]")
     kept = torch.arange(both.rank)
@@ -118,7 +107,7 @@ def _of_module(
         kept = (~mask).nonzero().flatten()
     count = len(kept)
     if not count:
-        return None, 0
+        return None
     lora_a, lora_b = both.lora_A, both.lora_B
 
     def scaled() -> Tensor:
@@ -126,7 +115,7 @@ def _of_module(
 
     scaled_a = LazyTensor((count, lora_a.shape[1]), torch.float64, scaled)
     kept_b = lora_b.map((lora_b.shape[0], count), lambda tensor: tensor[:, kept])
-    return LoraWeights(module, both.kind, scaled_a, kept_b, scaling), count
+    return LoraWeights(module, both.kind, scaled_a, kept_b, scaling, scaling_is_stated=True)
 
 
 def _replacement(name: str, tensor: LazyTensor) -> Replacement:

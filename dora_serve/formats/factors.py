@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
+from typing import TypeVar
 
 from dora_serve.adapter import Kind, LazyTensor
 from dora_serve.errors import AdapterError
@@ -15,6 +16,7 @@ from dora_serve.errors import AdapterError
 Roles = Sequence[tuple[str, re.Pattern[str]]]
 """What a tensor is and the name that says so, whose first group is the module; the first that matches counts."""
 
+_Made = TypeVar("_Made")
 _EMBEDDING = re.compile(r"(^|[._])(\w*embed(ding|_tokens|_in|s)?|wte|wpe|tok_embeddings|word_embeddings)$")
 
 
@@ -27,11 +29,16 @@ class Parts:
 
 
 def group(
-    tensors: Mapping[str, LazyTensor], roles: Roles, rename: Callable[[str], str] = lambda module: module
+    tensors: Mapping[str, LazyTensor],
+    roles: Roles,
+    rename: Callable[[str], str] = lambda module: module,
+    *,
+    keeps_rest: bool = False,
 ) -> Parts:
     """Sort the tensors. rename: from a module's name in the file to that in the model that was trained.
 
-    Raises AdapterError where one module has two tensors of a role, or one that is not of floating point.
+    Raises AdapterError where one module has two tensors of a role, or one that is not of floating point, and for
+    tensors without a role unless the caller `keeps_rest`.
     """
     parts = Parts()
     for key, tensor in tensors.items():
@@ -49,7 +56,22 @@ def group(
                 remedy="Two adapters were saved into one file; save one of them alone.",
             )
         parts.modules[module][role] = tensor
+    if parts.rest and not keeps_rest:
+        raise not_understood(parts.rest)
     return parts
+
+
+def of_each(file: Path, parts: Parts, make: Callable[[str, Mapping[str, LazyTensor]], _Made]) -> list[_Made]:
+    """What `make` gives for each module and its tensors. Raises AdapterError with all the ValueErrors of it at once."""
+    made, problems = [], []
+    for module, found in parts.modules.items():
+        try:
+            made.append(make(module, found))
+        except ValueError as error:
+            problems.append(str(error))
+    if problems:
+        raise misfit(file, problems)
+    return made
 
 
 def not_understood(tensors: Mapping[str, LazyTensor]) -> AdapterError:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -97,6 +98,21 @@ def open_weights(file: Path, allow_pickle: bool) -> Weights:
     weights = _open_pickle(file, allow_pickle) if file.suffix in PICKLES else _open_safetensors(file)
     if not weights.tensors:
         raise AdapterError(f"{str(file)!r} holds no tensors.", remedy="Save the adapter again.", path=str(file))
+    return weights
+
+
+def open_finite(
+    path: Path, file: Path | None, wanted: Sequence[str], allow_pickle: bool, unused: re.Pattern[str] | None = None
+) -> Weights:
+    """The tensors of `file`, which was looked for in `path` under the names `wanted`.
+
+    Raises AdapterError where there is none, where it is not sound, or where a value is NaN or infinite, but for those
+    of tensors whose names `unused` finds.
+    """
+    if file is None:
+        raise no_weights(path, wanted)
+    weights = open_weights(file, allow_pickle)
+    require_finite(weights, {name for name in weights.tensors if unused is not None and unused.search(name)})
     return weights
 
 

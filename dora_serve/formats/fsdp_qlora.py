@@ -14,8 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from dora_serve.adapter import Adapter, LazyTensor, LoraWeights, Norm
-from dora_serve.formats.factors import Roles, group, misfit, not_understood, pair
-from dora_serve.formats.files import find_weights, no_weights, open_weights, require_finite, tensor_names
+from dora_serve.formats.factors import Roles, group, of_each, pair
+from dora_serve.formats.files import find_weights, open_finite, tensor_names
 from dora_serve.formats.options import ReadOptions
 from dora_serve.formats.peft import strip_prefix
 from dora_serve.formats.values import stated_scaling
@@ -48,24 +48,11 @@ def sniff(path: Path) -> bool:
 
 def read(path: Path, options: ReadOptions) -> Adapter:
     """Read a folder with the file, or the file. Raises AdapterError, with every problem at once."""
-    file = find_weights(path, *WEIGHTS)
-    if file is None:
-        raise no_weights(path, WEIGHTS)
-    weights = open_weights(file, options.allow_pickle)
-    packed = {name for name in weights.tensors if _BASE.search(name)}
-    require_finite(weights, packed)
-    parts = group({name: lazy for name, lazy in weights.tensors.items() if name not in packed}, _ROLES, strip_prefix)
-    if parts.rest:
-        raise not_understood(parts.rest)
-    problems: list[str] = []
-    modules: list[LoraWeights] = []
-    for module, found in parts.modules.items():
-        try:
-            modules.append(_of_module(module, found, options))
-        except ValueError as error:
-            problems.append(str(error))
-    if problems:
-        raise misfit(file, problems)
+    weights = open_finite(path, find_weights(path, *WEIGHTS), WEIGHTS, options.allow_pickle, unused=_BASE)
+    trained = {name: lazy for name, lazy in weights.tensors.items() if not _BASE.search(name)}
+    packed = len(weights.tensors) - len(trained)
+    parts = group(trained, _ROLES, strip_prefix)
+    modules = of_each(weights.file, parts, lambda module, found: _of_module(module, found, options))
     notes = []
     if any(module.magnitude is not None for module in modules):
         notes.append(
@@ -73,8 +60,8 @@ def read(path: Path, options: ReadOptions) -> Adapter:
             "another model than the one that was trained, by as much as quantizing changed them."
         )
     if packed:
-        notes.append(f"{len(packed)} tensors of the frozen base beside the adapter are not used.")
-    return Adapter(path=path, format="fsdp-qlora", modules=tuple(modules), files=(file,), notes=tuple(notes))
+        notes.append(f"{packed} tensors of the frozen base beside the adapter are not used.")
+    return Adapter(path=path, format="fsdp-qlora", modules=tuple(modules), files=(weights.file,), notes=tuple(notes))
 
 
 def _of_module(module: str, found: Mapping[str, LazyTensor], options: ReadOptions) -> LoraWeights:
@@ -87,5 +74,5 @@ def _of_module(module: str, found: Mapping[str, LazyTensor], options: ReadOption
     if found.keys() == {"lora_A", "lora_B"}:
         both = pair(module, found["lora_A"], found["lora_B"], ("lora_A", "lora_B"))
         scaling = stated_scaling(options, both.rank, _WHY)
-        return LoraWeights(module, both.kind, both.lora_A, both.lora_B, scaling)
+        return LoraWeights(module, both.kind, both.lora_A, both.lora_B, scaling, scaling_is_stated=True)
     raise ValueError(f"{module}: has {', '.join(sorted(found))}, wanted two factors, and a magnitude for DoRA")

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from dora_serve.adapter import Adapter, Axis, LazyTensor, LoraWeights, Norm
-from dora_serve.errors import UnmergeableError
-from dora_serve.formats.factors import Roles, group, misfit, not_understood, pair
-from dora_serve.formats.files import Weights, find_weights, header, no_weights, open_weights, require_finite
+from dora_serve.errors import AdapterError, UnmergeableError
+from dora_serve.formats.factors import Roles, group, of_each, pair
+from dora_serve.formats.files import Weights, find_weights, header, open_finite
+from dora_serve.formats.mixed import lacking, named, part_of, require_magnitudes
 from dora_serve.formats.options import ReadOptions
 
 DIFFUSERS_NAME = "pytorch_lora_weights.safetensors"
@@ -81,36 +82,22 @@ def read_kohya(path: Path, options: ReadOptions, name: str, to_norm: Callable[[W
 
     Raises AdapterError, with every problem of the tensors at once, and UnmergeableError for other methods than LoRA.
     """
-    file = weights_file(path)
-    if file is None:
-        raise no_weights(path, ("one .safetensors file",))
-    weights = open_weights(file, options.allow_pickle)
+    weights = open_finite(path, weights_file(path), ("one .safetensors file",), options.allow_pickle)
     _require_lora(weights.tensors)
-    require_finite(weights)
     parts = group(weights.tensors, _ROLES, module_name)
-    if parts.rest:
-        raise not_understood(parts.rest)
-    problems: list[str] = []
-    modules: list[LoraWeights] = []
-    notes: set[str] = set()
     norms = to_norm(weights)
-    for module, found in parts.modules.items():
-        try:
-            modules.append(_of_module(module, found, options, norms))
-        except ValueError as error:
-            problems.append(str(error))
-            continue
-        notes.update(_notes(found))
-    if problems:
-        raise misfit(file, problems)
+    modules = of_each(weights.file, parts, lambda module, found: _of_module(module, found, options, norms))
+    notes = _require_scales(weights.file, parts.modules, options)
+    notes += require_magnitudes(weights.file, modules, options)
+    notes += [note for found in parts.modules.values() for note in _notes(found)]
     return Adapter(
         path=path,
         format=name,
         modules=tuple(modules),
         base=weights.metadata.get("ss_base_model_version"),
-        files=(file,),
+        files=(weights.file,),
         config=dict(weights.metadata),
-        notes=tuple(sorted(notes)),
+        notes=tuple(dict.fromkeys(notes)),
     )
 
 
@@ -159,7 +146,9 @@ def _of_module(module: str, found: Mapping[str, LazyTensor], options: ReadOption
     if mid is not None:
         down = _tucker(module, mid, down)
     both = pair(module, down, up, ("lora_down", "lora_up"))
-    weights = LoraWeights(module, both.kind, both.lora_A, both.lora_B, _scaling(module, found, both.rank, options))
+    scaling = _scaling(module, found, both.rank, options)
+    stated = "alpha" not in found and options.lora_alpha is not None
+    weights = LoraWeights(module, both.kind, both.lora_A, both.lora_B, scaling, scaling_is_stated=stated)
     stored = found.get("dora_scale") or found.get("magnitude")
     if stored is None:
         return weights
@@ -196,9 +185,37 @@ def _scaling(module: str, found: Mapping[str, LazyTensor], rank: int, options: R
     return value / rank if value else 1.0
 
 
+def _require_scales(file: Path, modules: Mapping[str, Mapping[str, LazyTensor]], options: ReadOptions) -> list[str]:
+    """Notes on modules that are scaled by 1 for want of an alpha.
+
+    Raises AdapterError, naming the modules, where one has none and others of its kind do.
+    """
+    if options.lora_alpha is not None:
+        return []
+    has = {module: "alpha" in found for module, found in modules.items()}
+    parts = {module: part_of(module, is_conv=_is_conv(found)) for module, found in modules.items()}
+    lost, _ = lacking(has, parts)
+    if lost:
+        raise AdapterError(
+            f"{len(lost)} of {len(has)} modules in {str(file)!r} have no alpha, and others of their kind do: "
+            f"{named(lost)}. The scale of their update was lost.",
+            remedy="Save the adapter again; or say with --lora-alpha ALPHA what theirs was (--lora-alpha rank scales "
+            "them by 1, as other readers of such files do).",
+            option="--lora-alpha",
+            modules=lost,
+        )
+    without = [module for module in has if not has[module]]
+    if not without:
+        return []
+    count = f"{len(without)} of {len(has)} modules have no alpha"
+    return [f"{count} and are scaled by 1, as every reader of these files has it."]
+
+
+def _is_conv(found: Mapping[str, LazyTensor]) -> bool:
+    return any(len(found[role].shape) > 2 for role in ("lora_down", "lora_up", "lora_mid") if role in found)
+
+
 def _notes(found: Mapping[str, LazyTensor]) -> Iterator[str]:
-    if "alpha" not in found:
-        yield "Modules without an alpha are scaled by 1, as every reader of these files has it."
     scale = found.get("dora_scale")
     if scale is not None and len(scale.shape) == 1:
         yield "A dora_scale of one dimension is a magnitude of PEFT under another name: it is taken for the outputs'."

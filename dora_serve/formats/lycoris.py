@@ -42,7 +42,7 @@ def read(path: Path, options: ReadOptions) -> Adapter:
 
         return to_norm
 
-    adapter = read_kohya(path, options, "lycoris", norms)
+    adapter = read_kohya(path, options, "kohya", norms)
     large = {module.norm.eps for module in adapter.modules} - {0.0, torch.finfo(torch.float32).eps}
     if not large or options.norm_eps is not None:
         return adapter

@@ -14,8 +14,9 @@ from pathlib import Path
 
 from dora_serve.adapter import Adapter, LazyTensor, LoraWeights, RowOrder
 from dora_serve.errors import AdapterError
-from dora_serve.formats.factors import Roles, group, misfit, not_understood, pair
-from dora_serve.formats.files import find_weights, no_weights, open_weights, require_finite, tensor_names
+from dora_serve.formats.factors import Roles, group, of_each, pair
+from dora_serve.formats.files import find_weights, open_finite, tensor_names
+from dora_serve.formats.mixed import require_all_or_none
 from dora_serve.formats.options import ReadOptions
 from dora_serve.formats.values import stated_scaling
 
@@ -41,27 +42,11 @@ def sniff(path: Path) -> bool:
 
 def read(path: Path, options: ReadOptions) -> Adapter:
     """Read a file or a folder with one. Raises AdapterError, with every problem at once."""
-    file = find_weights(path, single=True)
-    if file is None:
-        raise no_weights(path, ("one .safetensors file",))
-    weights = open_weights(file, options.allow_pickle)
-    require_finite(weights)
+    weights = open_finite(path, find_weights(path, single=True), ("one .safetensors file",), options.allow_pickle)
     parts = group(weights.tensors, _ROLES)
-    if parts.rest:
-        raise not_understood(parts.rest)
-    problems: list[str] = []
-    modules: list[LoraWeights] = []
-    for module, found in parts.modules.items():
-        try:
-            modules.append(_of_module(module, found, options))
-        except ValueError as error:
-            problems.append(str(error))
-    with_magnitude = sum(module.magnitude is not None for module in modules)
-    if 0 < with_magnitude < len(modules):
-        problems.append(f"{len(modules) - with_magnitude} of {len(modules)} modules have no magnitude, the others have")
-    if problems:
-        raise misfit(file, problems)
-    return Adapter(path=path, format="megatron", modules=tuple(modules), files=(file,))
+    modules = of_each(weights.file, parts, lambda module, found: _of_module(module, found, options))
+    require_all_or_none(weights.file, modules)
+    return Adapter(path=path, format="megatron", modules=tuple(modules), files=(weights.file,))
 
 
 def _of_module(module: str, found: Mapping[str, LazyTensor], options: ReadOptions) -> LoraWeights:
@@ -88,4 +73,5 @@ def _of_module(module: str, found: Mapping[str, LazyTensor], options: ReadOption
         scaling=stated_scaling(options, both.rank, _WHY),
         magnitude=magnitude,
         row_order=named[1],
+        scaling_is_stated=True,
     )

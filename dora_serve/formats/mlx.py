@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from math import prod
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from dora_serve.adapter import PAPER_NORM, Adapter, LazyTensor, LoraWeights, Norm, Replacement
 from dora_serve.errors import AdapterError
-from dora_serve.formats.factors import Roles, group, is_embedding, misfit, not_understood
+from dora_serve.formats.factors import Roles, group, is_embedding, of_each
 from dora_serve.formats.files import (
     CONFIG_NAME,
     Weights,
@@ -36,6 +36,7 @@ from dora_serve.formats.files import (
     require_finite,
     tensor_names,
 )
+from dora_serve.formats.mixed import require_magnitudes
 from dora_serve.formats.options import ReadOptions
 from dora_serve.formats.values import boolean, number, rank_of, stated_scaling, wrong
 
@@ -46,6 +47,7 @@ _ROLES: Roles = (
     ("m", re.compile(r"^(.+)\.m$")),
 )
 _KNOWN_PARAMETERS = {"rank", "scale", "alpha", "dropout", "keys"}
+_IN_LAYER = re.compile(r"^(?:.+\.)?(?:layers|h|blocks)\.(\d+)\.(.+)$")
 _EXPERT_NAMES: Mapping[str, str] = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 """mlx-lm renames Mixtral's experts while it loads them (mlx_lm/models/mixtral.py, sanitize)."""
 
@@ -76,27 +78,56 @@ def read(path: Path, options: ReadOptions) -> Adapter:
     if kind not in ("lora", "dora", "full"):
         raise wrong(config, "fine_tune_type", "lora, dora or full")
     if kind == "full":
+        if factors := [name for name in weights.tensors if any(role.match(name) for _, role in _ROLES)]:
+            raise AdapterError(
+                f"{CONFIG_NAME} says fine_tune_type = 'full', and {file.name} holds LoRA tensors ("
+                f"{', '.join(factors[:2])}{', ...' if len(factors) > 2 else ''}): one of them is another training's.",
+                remedy="Restore the configuration of this training (fine_tune_type lora or dora, its scale and rank).",
+                key="fine_tune_type",
+            )
         changes = tuple(Replacement(name, tensor, "base_layer") for name, tensor in weights.tensors.items())
         return _adapter(path, folder, file, config, (), changes, ())
     parts = group(weights.tensors, _ROLES)
-    if parts.rest:
-        raise not_understood(parts.rest)
-    modules: list[LoraWeights] = []
-    problems: list[str] = []
-    for module, found in parts.modules.items():
-        try:
-            modules += _of_module(module, found, config, options, is_dora=kind == "dora" or not config)
-        except ValueError as error:
-            problems.append(str(error))
-    if problems:
-        raise misfit(file, problems)
-    notes = []
+
+    def make(module: str, found: Mapping[str, LazyTensor]) -> list[LoraWeights]:
+        return list(_of_module(module, found, config, options, is_dora=kind == "dora" or not config))
+
+    modules = tuple(one for several in of_each(file, parts, make) for one in several)
+    notes = _left_out(parts.modules, config) if config else require_magnitudes(file, modules, options)
     if boolean(config, "use_dora"):
         notes.append(
             "It was written before 2024-09-30; until 2024-08-16 mlx-lm started magnitudes from random weights "
             "(mlx-examples #832): it is merged as it was trained, which may not be well."
         )
-    return _adapter(path, folder, file, config, tuple(modules), (), tuple(notes))
+    return _adapter(path, folder, file, config, modules, (), tuple(notes))
+
+
+def _left_out(modules: Collection[str], config: Mapping[str, object]) -> list[str]:
+    """A note on modules that the configuration leaves out: mlx-lm adapts the last num_layers layers, and in them what
+    `keys` names, from the layer on or whole (mlx_lm.tuner.utils.linear_to_lora_layers). It ignored other weights, and
+    refuses them since 0.32.
+    """
+    parameters = config.get("lora_parameters")
+    keys = parameters.get("keys") if isinstance(parameters, dict) else None
+    count = config.get("num_layers", config.get("lora_layers"))
+    in_layers = {module: match for module in modules if (match := _IN_LAYER.match(module))}
+    last = max((int(match[1]) for match in in_layers.values()), default=-1)
+    first = last + 1 - count if type(count) is int and count > 0 else 0  # 0 and less are all layers
+    named = set(keys) if isinstance(keys, list) else None
+    left_out = []
+    for module in modules:
+        match = in_layers.get(module)
+        if named is not None and module in named:
+            continue
+        if match is None or int(match[1]) < first or (named is not None and match[2] not in named):
+            left_out.append(module)
+    if not left_out:
+        return []
+    return [
+        f"{len(left_out)} modules have weights here that num_layers and keys in {CONFIG_NAME} leave out "
+        f"({', '.join(left_out[:3])}{', ...' if len(left_out) > 3 else ''}): they are merged, and mlx-lm would not "
+        "adapt them."
+    ]
 
 
 def _adapter(
@@ -154,6 +185,7 @@ def _of_module(
         scaling=_scaling(module, config, rank, options),
         magnitude=magnitude,
         norm=Norm(axis="in") if embedding else PAPER_NORM,
+        scaling_is_stated=not config,
     )
 
 
@@ -184,6 +216,7 @@ def _of_experts(
             lora_A=lora_a.map((rank, width), of_a),
             lora_B=lora_b.map((out, rank), of_b),
             scaling=scaling,
+            scaling_is_stated=not config,
         )
 
 

@@ -10,7 +10,7 @@ misspelt filter: that file is read where it lies beside the weights.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from math import prod
 from pathlib import Path
 
@@ -18,7 +18,7 @@ import torch
 
 from dora_serve.adapter import Adapter, LazyTensor, LoraWeights, Replacement
 from dora_serve.errors import AdapterError
-from dora_serve.formats.factors import Parts, Roles, group, misfit, not_understood, pair
+from dora_serve.formats.factors import Roles, group, not_understood, of_each, pair
 from dora_serve.formats.files import (
     CONFIG_NAME,
     Weights,
@@ -31,6 +31,7 @@ from dora_serve.formats.files import (
     tensor_names,
 )
 from dora_serve.formats.options import ReadOptions
+from dora_serve.formats.peft_config import matches
 from dora_serve.formats.values import boolean, names, number, rank_of, require_known
 
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -40,6 +41,7 @@ _ROLES: Roles = (
     ("lora_B", re.compile(r"^(.+)\.lora_B(?:\.[^.]+)?\.weight$")),
     ("magnitude", re.compile(r"^(.+)\.weight_m_wdecomp(?:\.[^.]+)?\.weight$")),
 )
+_TARGETS = ("target_modules", "Wdecompose_target_modules", "wdecompose_target_modules")
 _KNOWN = frozenset(
     """
     auto_mapping base_model_name_or_path bias dora_simple enable_lora fan_in_fan_out inference_mode lora_alpha
@@ -74,8 +76,8 @@ def read(path: Path, options: ReadOptions) -> Adapter:
         raise no_weights(path, WEIGHTS)
     weights = _with_llava_rest(open_weights(file, options.allow_pickle), path, options)
     require_finite(weights)
-    parts = group(weights.tensors, _ROLES, _module)
-    modules = _modules(file, parts, rank, alpha / rank)
+    parts = group(weights.tensors, _ROLES, _module, keeps_rest=True)
+    modules = tuple(of_each(file, parts, lambda module, found: _of_module(module, found, file, rank, alpha / rank)))
     files = [path / CONFIG_NAME, file]
     if (path / LLAVA_REST).is_file():
         files.append(path / LLAVA_REST)
@@ -88,7 +90,7 @@ def read(path: Path, options: ReadOptions) -> Adapter:
         task_type=str(config["task_type"]) if config.get("task_type") else None,
         files=tuple(files),
         config=config,
-        notes=("dora_simple changes the gradient alone.",) if boolean(config, "dora_simple") else (),
+        notes=tuple(_notes(parts.modules, config)),
     )
 
 
@@ -111,41 +113,51 @@ def _module(name: str) -> str:
     return name.removeprefix("base_model.model.")
 
 
-def _modules(file: Path, parts: Parts, rank: int, scaling: float) -> tuple[LoraWeights, ...]:
-    problems, modules = [], []
-    for module, found in parts.modules.items():
-        magnitude = found.get("magnitude")
-        if magnitude is None:
-            problems.append(
-                f"{module}: weight_m_wdecomp is missing; bias = lora_only saves none, and the LLaVA fork puts them "
-                f"into {LLAVA_REST}, wanted beside {file.name}"
-            )
-            continue
-        out = prod(magnitude.shape)
-        if magnitude.shape not in ((out,), (out, 1)) or not out:
-            problems.append(f"{module}: weight_m_wdecomp {list(magnitude.shape)}, wanted [out, 1]")
-            continue
-        flat = magnitude.map((out,), torch.flatten)
-        if len(found) == 1:
-            none = torch.zeros(0, 0, dtype=magnitude.dtype)
-            empty = LazyTensor((out, 0), none.dtype, lambda out=out, none=none: none.new_zeros(out, 0))  # type: ignore[misc]
-            modules.append(LoraWeights(module, "linear", LazyTensor.of(none), empty, scaling, flat))
-            continue
-        if len(found) < 3:
-            problems.append(f"{module}: has {', '.join(sorted(found))}, wanted lora_A, lora_B and the magnitude")
-            continue
-        try:
-            both = pair(module, found["lora_A"], found["lora_B"], ("lora_A", "lora_B"), rank)
-        except ValueError as error:
-            problems.append(str(error))
-            continue
-        if both.lora_B.shape[0] != out:
-            problems.append(f"{module}: {out} magnitudes for lora_B {list(found['lora_B'].shape)}")
-            continue
-        modules.append(LoraWeights(module, both.kind, both.lora_A, both.lora_B, scaling, flat))
-    if problems:
-        raise misfit(file, problems)
-    return tuple(modules)
+def _of_module(module: str, found: Mapping[str, LazyTensor], file: Path, rank: int, scaling: float) -> LoraWeights:
+    magnitude = found.get("magnitude")
+    if magnitude is None:
+        raise ValueError(
+            f"{module}: weight_m_wdecomp is missing; bias = lora_only saves none, and the LLaVA fork puts them "
+            f"into {LLAVA_REST}, wanted beside {file.name}"
+        )
+    out = prod(magnitude.shape)
+    if magnitude.shape not in ((out,), (out, 1)) or not out:
+        raise ValueError(f"{module}: weight_m_wdecomp {list(magnitude.shape)}, wanted [out, 1]")
+    flat = magnitude.map((out,), torch.flatten)
+    if len(found) == 1:
+        none = torch.zeros(0, 0, dtype=magnitude.dtype)
+        empty = LazyTensor((out, 0), none.dtype, lambda: none.new_zeros(out, 0))
+        return LoraWeights(module, "linear", LazyTensor.of(none), empty, scaling, flat)
+    if len(found) < 3:
+        raise ValueError(f"{module}: has {', '.join(sorted(found))}, wanted lora_A, lora_B and the magnitude")
+    both = pair(module, found["lora_A"], found["lora_B"], ("lora_A", "lora_B"), rank)
+    if both.lora_B.shape[0] != out:
+        raise ValueError(f"{module}: {out} magnitudes for lora_B {list(found['lora_B'].shape)}")
+    return LoraWeights(module, both.kind, both.lora_A, both.lora_B, scaling, flat)
+
+
+def _notes(modules: Collection[str], config: Mapping[str, object]) -> Iterator[str]:
+    if boolean(config, "dora_simple"):
+        yield "dora_simple changes the gradient alone."
+    unnamed = [module for module in modules if not _is_named(module, config)]
+    if unnamed:
+        yield (
+            f"{len(unnamed)} modules have weights here that target_modules and Wdecompose_target_modules in "
+            f"{CONFIG_NAME} do not name ({', '.join(unnamed[:3])}{', ...' if len(unnamed) > 3 else ''}): they are "
+            "merged, and NVlabs' code would leave them out."
+        )
+
+
+def _is_named(module: str, config: Mapping[str, object]) -> bool:
+    """Whether the code would adapt a module of this name (tuners/dora.py, DoraModel._find_and_replace)."""
+    lists = [config.get(key) for key in _TARGETS]
+    if not any(lists):
+        return True
+    return any(
+        matches(wanted, module) if isinstance(wanted, str) else any(module.endswith(name) for name in wanted)
+        for wanted in lists
+        if isinstance(wanted, str) or (isinstance(wanted, list) and all(isinstance(name, str) for name in wanted))
+    )
 
 
 def _replacements(

@@ -78,9 +78,9 @@ def read(path: Path, options: ReadOptions) -> Adapter:
         notes.append(f"{len(grouped.unused)} tensors of training state are not used by the adapted model: ignored.")
     if unnamed := [module.module for module in modules if not config.names(module.module)]:
         notes.append(
-            f"{len(unnamed)} modules have weights here that target_modules and layers_to_transform in {CONFIG_NAME} do "
-            f"not name ({', '.join(unnamed[:3])}{', ...' if len(unnamed) > 3 else ''}): they are merged, and PEFT "
-            "would leave them out."
+            f"{len(unnamed)} modules have weights here that target_modules, exclude_modules and layers_to_transform in "
+            f"{CONFIG_NAME} leave out ({', '.join(unnamed[:3])}{', ...' if len(unnamed) > 3 else ''}): they are "
+            "merged, and PEFT would leave them out."
         )
     base = config.raw.get("base_model_name_or_path")
     revision = config.raw.get("revision")

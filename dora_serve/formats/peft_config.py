@@ -72,8 +72,13 @@ class PeftConfig:
     def names(self, module: str) -> bool:
         """Whether PEFT would adapt a module of this name (peft.tuners.tuners_utils.check_target_module_exists)."""
         targets, layers = self.raw.get("target_modules"), self.raw.get("layers_to_transform")
+        excluded = self.raw.get("exclude_modules")
+        if isinstance(excluded, str) and matches(excluded, module, otherwise=False):
+            return False
+        if isinstance(excluded, list) and any(module == one or module.endswith(f".{one}") for one in excluded):
+            return False
         if isinstance(targets, str):
-            return targets == "all-linear" or _matches(targets, module)
+            return targets == "all-linear" or matches(targets, module)
         if not isinstance(targets, list) or not targets:
             return True  # PEFT chooses by the architecture
         if module in targets:
@@ -85,7 +90,7 @@ class PeftConfig:
         patterns = self.raw.get("layers_pattern") or [r"[^.]*"]
         wanted = layers if isinstance(layers, list) else [layers]
         return any(
-            _matches(rf".*\.{pattern}\.{index}\..*", module)
+            matches(rf".*\.{pattern}\.{index}\..*", module)
             for pattern in (patterns if isinstance(patterns, list) else [patterns])
             for index in wanted
         )
@@ -97,14 +102,14 @@ class PeftConfig:
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
 
-def _matches(pattern: str, name: str) -> bool:
-    """Whether a pattern of the file's matches all of `name`; so does one that is none, or may never end."""
+def matches(pattern: str, name: str, *, otherwise: bool = True) -> bool:
+    """Whether a pattern of the file's matches all of `name`; `otherwise` for one that is none, or may never end."""
     if _NESTED.search(pattern) or len(pattern) > _LONGEST:
-        return True
+        return otherwise
     try:
         return re.fullmatch(pattern, name) is not None
     except re.error:
-        return True
+        return otherwise
 
 
 def _pattern_key(patterns: Mapping[str, object], name: str) -> str:

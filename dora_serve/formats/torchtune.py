@@ -14,22 +14,23 @@ from pathlib import Path
 
 from dora_serve.adapter import Adapter, LazyTensor, LoraWeights, RowOrder
 from dora_serve.errors import AdapterError
-from dora_serve.formats.factors import Roles, group, is_embedding, misfit, not_understood, pair
+from dora_serve.formats.factors import Roles, group, is_embedding, of_each, pair
 from dora_serve.formats.files import (
     CONFIG_NAME,
     find_weights,
     no_weights,
-    open_weights,
+    open_finite,
     peek_config,
     read_config,
-    require_finite,
     tensor_names,
 )
+from dora_serve.formats.mixed import require_all_or_none
 from dora_serve.formats.options import ReadOptions
 from dora_serve.formats.peft import strip_prefix
 from dora_serve.formats.values import number, rank_of, require_known, stated_scaling
 
-WEIGHTS = ("adapter_model.safetensors", "adapter_model.pt", "adapter_0.pt", "adapter_model.bin")
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.pt", "adapter_model.bin")
+_EPOCH = re.compile(r"adapter_\d+\.pt")
 _NATIVE: Roles = (
     ("lora_a", re.compile(r"^(.+)\.lora_a\.weight$")),
     ("lora_b", re.compile(r"^(.+)\.lora_b\.weight$")),
@@ -54,46 +55,59 @@ _RENAMES: Mapping[str, str] = {
 
 def sniff(path: Path) -> bool:
     """Whether the names are torchtune's, or its export lies beside its own file."""
+    file = find_weights(path, *WEIGHTS, single=True)
+    if any(name.endswith(".lora_a.weight") for name in tensor_names(file)):
+        return True
+    if file is None or file.suffix == ".pt":  # whose names are not read before that is allowed
+        return _EPOCH.fullmatch(path.name) is not None or bool(_epochs(path)) or _is_export(path, file)
+    return _is_export(path, file)
+
+
+def _is_export(path: Path, file: Path | None) -> bool:
+    """Whether this is an export for PEFT, beside which torchtune leaves the same as adapter_model.pt."""
     config = peek_config(path)
     if config.keys() - _CONFIG_KEYS:
         return False
-    if config and (path / "adapter_model.pt").is_file():
-        return True
-    file = find_weights(path, *WEIGHTS)
-    if file is not None and not config and re.fullmatch(r"adapter_(\d+|model)\.pt", file.name):
-        return True
-    return any(name.endswith(".lora_a.weight") for name in tensor_names(file))
+    pickled = file is not None and file.name == "adapter_model.pt"
+    return pickled or (bool(config) and (path / "adapter_model.pt").is_file())
+
+
+def _epochs(path: Path) -> list[Path]:
+    return sorted(file for file in path.glob("adapter_*.pt") if _EPOCH.fullmatch(file.name)) if path.is_dir() else []
+
+
+def _file(path: Path) -> Path | None:
+    """Raises AdapterError for a folder with the adapters of several epochs, which are adapters of their own."""
+    found = find_weights(path, *WEIGHTS) or find_weights(path, single=True)
+    if found is not None:
+        return found
+    epochs = _epochs(path)
+    if len(epochs) > 1:
+        raise AdapterError(
+            f"{str(path)!r} holds the adapters of {len(epochs)} epochs: {', '.join(file.name for file in epochs)}.",
+            remedy=f"Give one of the files, for example {str(epochs[-1])!r}.",
+            path=str(path),
+        )
+    return epochs[0] if epochs else None
 
 
 def read(path: Path, options: ReadOptions) -> Adapter:
     """Read a folder of torchtune's, or one of its files. Raises AdapterError, with every problem at once."""
     folder = path if path.is_dir() else path.parent
-    file = find_weights(path, *WEIGHTS) or next(iter(sorted(folder.glob("adapter_*.pt"))), None)
+    file = _file(path)
     if file is None:
         raise no_weights(path, WEIGHTS)
     config = read_config(folder) if (folder / CONFIG_NAME).is_file() else {}
     require_known(folder, config, _CONFIG_KEYS, options)
-    weights = open_weights(file, options.allow_pickle)
-    require_finite(weights)
+    weights = open_finite(folder, file, WEIGHTS, options.allow_pickle)
     exported = not any(name.endswith(".lora_a.weight") for name in weights.tensors)
     if exported:
         parts = group(weights.tensors, _EXPORTED, strip_prefix)
     else:
         parts = group(weights.tensors, _NATIVE, _renamed)
-    if parts.rest:
-        raise not_understood(parts.rest)
-    problems: list[str] = []
-    modules: list[LoraWeights] = []
-    for module, found in parts.modules.items():
-        try:
-            modules.append(_of_module(module, found, config, options, "torchtune_export" if exported else "torchtune"))
-        except ValueError as error:
-            problems.append(str(error))
-    with_magnitude = sum(module.magnitude is not None for module in modules)
-    if 0 < with_magnitude < len(modules):
-        problems.append(f"{len(modules) - with_magnitude} of {len(modules)} modules have no magnitude, the others have")
-    if problems:
-        raise misfit(file, problems)
+    order: RowOrder = "torchtune_export" if exported else "torchtune"
+    modules = of_each(file, parts, lambda module, found: _of_module(module, found, config, options, order))
+    require_all_or_none(file, modules)
     base = config.get("base_model_name_or_path")
     return Adapter(
         path=path,
@@ -143,4 +157,5 @@ def _of_module(
         scaling=scaling,
         magnitude=magnitude,
         row_order=order if is_rotary else "base",
+        scaling_is_stated=not config,
     )
