@@ -22,6 +22,7 @@ from dora_serve.quantized.codings import (
     HqqGroups,
     Int8Rows,
     QuantizedOnLoad,
+    ScaledCodes,
     Transposed,
 )
 from dora_serve.safetensors_file import TensorEntry, read_bytes, read_range, read_tensor
@@ -41,6 +42,8 @@ def decoded_range(entry: TensorEntry, start: int, stop: int) -> Tensor:
         return whole.T.reshape(-1)[start:stop]
     if isinstance(coding, HqqGroups):
         return _hqq(entry, coding, index)
+    if isinstance(coding, ScaledCodes):
+        return _scaled(entry, coding, index)
     if isinstance(coding, FourBit):
         values = _four_bit(coding, index)
     elif isinstance(coding, Int8Rows):
@@ -115,6 +118,30 @@ def _hqq(entry: TensorEntry, coding: HqqGroups, index: Array) -> Tensor:
     zero = torch.from_numpy(_numbers(coding.zero, group)).to(entry.dtype).double()
     scale = torch.from_numpy(_numbers(coding.scale, group)).to(entry.dtype).double()
     return _rounded(_rounded(codes - zero, entry.dtype).double() * scale, entry.dtype)
+
+
+def _scaled(entry: TensorEntry, coding: ScaledCodes, index: Array) -> Tensor:
+    row, column = index // entry.shape[1], index % entry.shape[1]
+    across = -(-entry.shape[1] // coding.block[1])
+    group = column // coding.block[1] if coding.order is None else _numbers(coding.order, column).astype(np.int64)
+    place = row // coding.block[0] * across + group
+    if coding.bits is None:
+        codes = _numbers(coding.codes, index)
+    else:
+        codes = _from_words(coding.codes, row * coding.codes.shape[1], column, coding.bits, 1)
+    if coding.zeros is not None and coding.zeros_packed and coding.bits is not None:
+        codes = codes - _from_words(coding.zeros, group, row, coding.bits, across)
+    elif coding.zeros is not None:
+        codes = codes - _numbers(coding.zeros, place)
+    return _rounded(torch.from_numpy(codes * _numbers(coding.scales, place)), entry.dtype)
+
+
+def _from_words(entry: TensorEntry, base: Array, along: Array, bits: int, stride: int) -> Array:
+    """Codes that lie `stride` words apart, 32 // bits to a word, the first in its lowest bits and shifted by half."""
+    per_word = 32 // bits
+    words = _numbers(entry, base + along // per_word * stride).astype(np.int64) % 2**32
+    codes: Array = (words // 2 ** (bits * (along % per_word)) % 2**bits - 2 ** (bits - 1)).astype(np.float64)
+    return codes
 
 
 def _rounded(values: Tensor, dtype: torch.dtype) -> Tensor:

@@ -101,6 +101,30 @@ class Float8Blocks:
 
 
 @dataclass(frozen=True)
+class ScaledCodes:
+    """compressed-tensors: value = (code - zero) * scale in the dtype of the scales, which holds the difference exactly.
+
+    codes: (rows, columns) int8 or float8; or, with bits, words of int32 in which a row's codes lie from the lowest bits
+    on, 32 // bits to a word, shifted by half their range. scales: one for the tensor, or a grid of one for each block
+    of rows and columns; zeros: as many, None for none, or packed down the columns as the codes are along the rows.
+    order: the group of each column, None where they follow each other.
+    """
+
+    codes: TensorEntry
+    scales: TensorEntry
+    zeros: TensorEntry | None
+    bits: int | None
+    block: tuple[int, int]
+    order: TensorEntry | None
+    zeros_packed: bool
+
+    @property
+    def label(self) -> str:
+        kind = f"{self.bits} bit, packed" if self.bits else str(self.codes.dtype).removeprefix("torch.")
+        return f"compressed-tensors {kind}"
+
+
+@dataclass(frozen=True)
 class Quantization:
     """What a trainer's quantization made of a dense weight: the kind, and the dtype that it was cast to before.
 
@@ -146,4 +170,4 @@ class Transposed:
         return self.source.coding.label if self.source.coding else "transposed"
 
 
-Coding = FourBit | Int8Rows | HqqGroups | Float8Blocks | QuantizedOnLoad | Transposed
+Coding = FourBit | Int8Rows | HqqGroups | Float8Blocks | ScaledCodes | QuantizedOnLoad | Transposed

@@ -14,7 +14,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dora_serve.quantized.codings import Float8Blocks, FourBit, HqqGroups, Int8Rows, QuantizedOnLoad, Transposed
+from dora_serve.quantized.codings import (
+    Float8Blocks,
+    FourBit,
+    HqqGroups,
+    Int8Rows,
+    QuantizedOnLoad,
+    ScaledCodes,
+    Transposed,
+)
 from dora_serve.quantized.quantize import BlockScales, block_scales, code_of, nearest_values, quantize_rows
 from dora_serve.safetensors_file import TensorEntry, read_bytes, read_range, read_tensor
 
@@ -39,6 +47,8 @@ def open_decoder(entry: TensorEntry) -> Decoder:
         return lambda start, stop: _hqq(entry, coding, start, stop)
     if isinstance(coding, Float8Blocks):
         return _by_rows(entry, _float8(entry, coding))
+    if isinstance(coding, ScaledCodes):
+        return _by_rows(entry, _scaled(entry, coding))
     if isinstance(coding, Transposed):
         return _transposed(entry, coding)
     assert isinstance(coding, QuantizedOnLoad)
@@ -110,6 +120,48 @@ def _float8(entry: TensorEntry, coding: Float8Blocks) -> Callable[[int, int], Te
         return codes * grid.repeat_interleave(across, dim=1)[:, :width]
 
     return rows
+
+
+def _scaled(entry: TensorEntry, coding: ScaledCodes) -> Callable[[int, int], Tensor]:
+    """(code - zero) * scale in the scales' dtype (compressed_tensors 0.20, lifecycle/forward_helpers.py)."""
+    width = entry.shape[1]
+    rows, columns = coding.block
+    across = -(-width // columns)
+    groups = torch.arange(width) // columns if coding.order is None else read_tensor(coding.order).long()
+
+    def codes(first: int, last: int) -> Tensor:
+        if coding.bits is None:
+            return read_range(coding.codes, first * width, last * width).view(-1, width).to(entry.dtype)
+        words = coding.codes.shape[1]
+        packed = read_range(coding.codes, first * words, last * words).view(-1, words)
+        return _unpacked(packed, coding.bits)[:, :width].to(entry.dtype)
+
+    def zeros(low: int, high: int) -> Tensor:
+        assert coding.zeros is not None
+        if not coding.zeros_packed or coding.bits is None:
+            return read_range(coding.zeros, low * across, high * across).view(-1, across).to(entry.dtype)
+        per_word = 32 // coding.bits
+        start, stop = low // per_word, -(-high // per_word)
+        packed = read_range(coding.zeros, start * across, stop * across).view(-1, across)
+        whole = _unpacked(packed.T.contiguous(), coding.bits).T
+        return whole[low - start * per_word : high - start * per_word].to(entry.dtype)
+
+    def decode(first: int, last: int) -> Tensor:
+        low, high = first // rows, -(-last // rows)
+        grid = torch.arange(first, last) // rows - low
+        values = codes(first, last)
+        if coding.zeros is not None:
+            values = values - zeros(low, high)[grid][:, groups]
+        return values * read_range(coding.scales, low * across, high * across).view(-1, across)[grid][:, groups]
+
+    return decode
+
+
+def _unpacked(words: Tensor, bits: int) -> Tensor:
+    """(n, m) words of int32 as (n, m * (32 // bits)) codes, shifted into the range of signed ones."""
+    shifts = torch.arange(32 // bits, dtype=torch.int32) * bits
+    codes = (words.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)
+    return codes.flatten(1) - (1 << (bits - 1))
 
 
 def _hqq(entry: TensorEntry, coding: HqqGroups, start: int, stop: int) -> Tensor:

@@ -12,6 +12,7 @@ from dora_serve.checkpoint import ShardedCheckpoint
 from dora_serve.errors import CheckpointError
 from dora_serve.quantized.bitsandbytes import Found, find_bitsandbytes
 from dora_serve.quantized.codings import QuantizedOnLoad, Transposed
+from dora_serve.quantized.compressed_tensors import find_compressed, rounds_activations
 from dora_serve.quantized.float8 import find_float8
 from dora_serve.quantized.hqq import find_hqq
 from dora_serve.safetensors_file import TensorEntry
@@ -27,10 +28,6 @@ _REFUSED: Mapping[str, tuple[str, str]] = {
     "gptq": ("its codes run down the columns, and no kept library dequantizes them on a CPU", "GPTQModel"),
     "awq": ("its codes run down the columns, and AutoAWQ, which wrote them, is no longer kept", "GPTQModel"),
     "torchao": ("its tensors are Python objects of torchao, which safetensors files hold only in part", "torchao"),
-    "compressed-tensors": (
-        "it is a family of a dozen layouts, which its own library alone reads",
-        "compressed-tensors",
-    ),
     "mxfp4": ("its experts lie in blocks that only its kernels read", "transformers' Mxfp4Config(dequantize=True)"),
     "quanto": ("its codes are objects of optimum-quanto", "optimum-quanto"),
     "aqlm": ("its codes point into learned codebooks", "aqlm"),
@@ -74,7 +71,10 @@ def dense_view(checkpoint: ShardedCheckpoint) -> ShardedCheckpoint:
             path=str(checkpoint.folder),
         )
     weights = {name: as_stored_dense(checkpoint.config, entry, name) for name, entry in found.weights.items()}
-    return with_entries(checkpoint, weights, found.parts, _label(weights))
+    label = _label(weights)
+    if method == "compressed-tensors" and rounds_activations(settings):
+        label += ", whose activations are rounded as it runs, which no dense weights do"
+    return with_entries(checkpoint, weights, found.parts, label)
 
 
 def with_entries(
@@ -188,10 +188,15 @@ def _float8(checkpoint: ShardedCheckpoint, settings: Mapping[str, Any]) -> Found
     return find_float8(checkpoint.tensors, (block[0], block[1]), dtype)
 
 
+def _compressed(checkpoint: ShardedCheckpoint, settings: Mapping[str, Any]) -> Found:
+    return find_compressed(checkpoint.tensors, settings)
+
+
 _FINDERS: Mapping[str, Callable[[ShardedCheckpoint, Mapping[str, Any]], Found]] = {
     "bitsandbytes": _bitsandbytes,
     "hqq": _hqq,
     "fp8": _float8,
+    "compressed-tensors": _compressed,
 }
 
 
@@ -200,7 +205,7 @@ def _refused(checkpoint: ShardedCheckpoint, method: str) -> CheckpointError:
     return CheckpointError(
         f"The base {str(checkpoint.folder)!r} is quantized with {method}, which is not read here: {why}.",
         remedy=f"Either {_ORIGINAL}, or dequantize it with {library} first, save it with save_pretrained, and give "
-        "that. bitsandbytes (nf4, fp4, int8), HQQ and float8 in blocks (fp8) are read as they are.",
+        "that. bitsandbytes (nf4, fp4, int8), HQQ, float8 in blocks (fp8) and compressed-tensors are read as they are.",
         path=str(checkpoint.folder),
         method=method,
     )
