@@ -33,7 +33,7 @@ from dora_serve.engine.probe import Probe
 from dora_serve.engine.prompt_tokens import PromptTokens, context_of, end_tokens
 from dora_serve.engine.requests import Completion, Request
 from dora_serve.engine.running import Running
-from dora_serve.engine.scale_cache import ScaleCache, identity
+from dora_serve.engine.scale_cache import ScaleCache, identity, stamps
 from dora_serve.engine.self_check import require_batchable, require_same_alone
 from dora_serve.engine.sound import is_whole, require
 from dora_serve.errors import EngineError
@@ -90,7 +90,9 @@ class Engine:
         fingerprint = cache(partial(fingerprint_of, files))
         kept = None
         if scale_cache is not None and files is not None:
-            kept = ScaleCache(scale_cache, cache(partial(identity, files, fingerprint, self._layers, self.device)))
+            kept = ScaleCache(
+                scale_cache, cache(partial(identity, stamps(files), fingerprint, self._layers, self.device))
+            )
         self.base = Base(label, names, self._layers, self._squared_norm, fingerprint, kept)
         self.probe = Probe(self._layers, self._find_reached).changes
         self.pool = AdapterPool(

@@ -102,13 +102,13 @@ _DIGEST = hashlib.sha256().digest_size
 
 
 def identity(
-    files: Path, fingerprint: Callable[[], str | None], layers: Mapping[str, Any], device: torch.device
+    files: object, fingerprint: Callable[[], str | None], layers: Mapping[str, Any], device: torch.device
 ) -> str | None:
-    """What tells a base in memory from another: its files with their sizes and times, samples of its tensors, and how
-    its layers hold them. None for a base without a fingerprint."""
+    """What tells a base in memory from another: its files as `stamps` found them when it was loaded, samples of its
+    tensors, and how its layers hold them. None for a base without a fingerprint."""
     samples = fingerprint()
     held = sorted({(type(layer).__name__, str(layer.weight.dtype), _coding(layer.weight)) for layer in layers.values()})
-    return None if samples is None else repr((_stamps(files), samples, held, device.type))
+    return None if samples is None else repr((files, samples, held, device.type))
 
 
 def _coding(weight: Any) -> str:
@@ -117,6 +117,7 @@ def _coding(weight: Any) -> str:
     return "" if state is None else f"{state.quant_type} {state.blocksize} {state.nested}"
 
 
-def _stamps(folder: Path) -> tuple[tuple[str, int, int], ...]:
+def stamps(folder: Path) -> tuple[tuple[str, int, int], ...]:
+    """Of the weights in a folder: where they lie, their size, and when they were written, in nanoseconds."""
     files = sorted(folder.glob("*.safetensors"))
     return tuple((os.path.realpath(path), stat.st_size, stat.st_mtime_ns) for path in files for stat in [path.stat()])
