@@ -18,6 +18,15 @@ from dora_serve.progress import Progress
 MOST_ZIPPED = 4 << 30
 """Bytes that are packed for a browser; larger results are fetched from the folder that the page names."""
 
+_LABELS = {
+    "safetensors": "safetensors, for any program",
+    "onnx": "ONNX",
+    "onnx-adapters": "ONNX of the base, the adapter beside it",
+    "nf4": "4 bits (nf4)",
+    "nf4-double": "4 bits, scales quantized as well",
+}
+"""What the exporters make, in words."""
+
 ABOUT = """<div class="ds-hint">Folds the adapter into dense weights, proves that the result is the unmerged model
 (every tensor, and the logits), and writes it: what <code>dora-export merge</code> does. Nothing that fails is
 kept.</div>"""
@@ -35,8 +44,16 @@ def add_export_tab(shared: Shared) -> Any:
 
     gr.HTML(ABOUT)
     with gr.Row(equal_height=True):
-        chosen = gr.Dropdown([], label="Adapter", allow_custom_value=True, scale=3, elem_id="ds-exported")
-        to = gr.Radio(sorted(EXPORTERS, reverse=True), value="safetensors", label="To", scale=2)
+        chosen = gr.Dropdown(
+            [], label="Adapter", allow_custom_value=True, scale=2, min_width=200, elem_id="ds-exported"
+        )
+        to = gr.Radio(
+            [(_LABELS.get(name, name), name) for name in EXPORTERS],
+            value="safetensors",
+            label="To",
+            scale=3,
+            min_width=280,
+        )
         merge = gr.Button("Merge and verify", variant="primary", scale=1, min_width=150, elem_id="ds-merge")
     said = gr.HTML("", elem_id="ds-export-said")
     report = gr.HTML("", elem_id="ds-report")

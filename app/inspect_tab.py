@@ -30,6 +30,7 @@ def add_inspect_tab(shared: Shared) -> Any:
             max_choices=MOST_ADAPTERS,
             allow_custom_value=True,
             scale=5,
+            min_width=280,
             elem_id="ds-inspected",
         )
         draw = gr.Button("Analyse", variant="primary", scale=1, min_width=140, elem_id="ds-analyse")
