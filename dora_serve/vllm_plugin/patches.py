@@ -293,6 +293,9 @@ def _fill_slot(original: Callable[..., Any]) -> Callable[..., Any]:
             for name, module in self.modules.items():
                 if hasattr(module, "slot_scales"):
                     module.slot_scales.set(slot, None if scales is None else scales.get(name))
+                    if scales is not None and not scales:
+                        # A dummy, which stands for any adapter in a graph that is captured: no layer may be left out.
+                        module.slot_scales.slots.add(slot)
         for batch in batches:
             (batch.slots.discard if scales is None else batch.slots.add)(slot)
         return True
@@ -350,12 +353,11 @@ def _scaled(layer: Any, output: Any) -> Any:
 
     from dora_serve.vllm_plugin.scaling import scale_rows
 
-    batch = layer.punica_wrapper.dora
+    batch, scales = layer.punica_wrapper.dora, layer.slot_scales
     is_compiling = torch.compiler.is_compiling()
     # Python is not looked at again once it is compiled; there the operator looks for itself.
-    if not is_compiling and not batch.any_in_use:
+    if not is_compiling and not (batch.any_in_use and scales.slots):
         return output
-    scales = layer.slot_scales
     scale = torch.ops.dora_serve.scale_rows if is_compiling else scale_rows
     scale(output.view(-1, output.shape[-1]), scales.norm_scale, scales.offset, batch.rows, batch.row)
     return output
@@ -366,10 +368,10 @@ def _scale_logits(original: Callable[..., Any]) -> Callable[..., Any]:
 
     def get_logits(self: Any, *args: Any, **kwargs: Any) -> Any:
         logits = original(self, *args, **kwargs)
-        wrapper = self.punica_wrapper
-        if logits is None or not wrapper.dora.any_in_use:
+        wrapper, scales = self.punica_wrapper, self.slot_scales
+        if logits is None or not (wrapper.dora.any_in_use and scales.slots):
             return logits
-        scale = self.slot_scales.norm_scale[wrapper.sampler_indices, : logits.shape[1]]
+        scale = scales.norm_scale[wrapper.sampler_indices, : logits.shape[1]]
         return (logits * scale).to(logits.dtype)
 
     return get_logits

@@ -49,16 +49,19 @@ class Batch:
 class SlotScales:
     """Of one layer with `width` outputs: norm_scale and offset, (slots + 1, width) in float32.
 
-    The last row is that of the base. offset is None where no bias was added yet.
+    The last row is that of the base. offset is None where no bias was added yet. slots: those that need a look at
+    their row, so that a layer which no DoRA adapts is left alone.
     """
 
     def __init__(self, slots: int, width: int, device: torch.device, bias: Tensor | None) -> None:
         self.norm_scale = torch.ones(slots + 1, width, dtype=torch.float32, device=device)
         self.offset = None if bias is None else torch.zeros_like(self.norm_scale)
+        self.slots: set[int] = set()
         self._bias = bias
 
     def reset(self) -> None:
         """No slot has norm scales."""
+        self.slots.clear()
         self.norm_scale.fill_(1)
         if self.offset is not None:
             self.offset.zero_()
@@ -66,8 +69,10 @@ class SlotScales:
     def set(self, slot: int, norm_scale: Tensor | None) -> None:
         """norm_scale (width,), or None for a module without DoRA."""
         if norm_scale is None:
+            self.slots.discard(slot)
             self.norm_scale[slot].fill_(1)
         else:
+            self.slots.add(slot)
             self.norm_scale[slot].copy_(norm_scale, non_blocking=True)
         if self.offset is not None and self._bias is not None:
             torch.mul(1 - self.norm_scale[slot], self._bias, out=self.offset[slot])
