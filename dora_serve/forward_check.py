@@ -32,12 +32,11 @@ from __future__ import annotations
 
 import gc
 import importlib.util
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,119 +44,30 @@ from torch import Tensor
 from dora_serve.adapter import Adapter
 from dora_serve.checkpoint import ShardedCheckpoint, open_checkpoint, read_json
 from dora_serve.comparison import Comparison, Tolerance, compare, dtype_name, scale_of
-from dora_serve.denoiser_inputs import denoiser_samples, nested
-from dora_serve.errors import CheckpointError, DoraServeError, PlanError, UnavailableError
+from dora_serve.denoiser_inputs import denoiser_samples
+from dora_serve.errors import CheckpointError, PlanError, UnavailableError
+from dora_serve.forward_memory import why_not_run
+from dora_serve.forward_report import ForwardOptions, ForwardReport
 from dora_serve.model_classes import DIFFUSERS_KEY, ModelClass
+from dora_serve.model_runs import (
+    CannotRun,
+    MergedCannotRun,
+    OutOfMemory,
+    as_cannot_run,
+    full_precision,
+    greedy_tokens,
+    scores_of,
+)
 from dora_serve.progress import OnProgress, Progress, ignore_progress
-from dora_serve.prompts import Sample, Samples, make_samples, read_prompts, room_for
+from dora_serve.prompts import Sample, Samples, make_samples, read_prompts
 from dora_serve.quiet import quiet_transformers
 from dora_serve.reference import Attached, attach_adapter
 from dora_serve.reference_load import from_tensors
+from dora_serve.safetensors_file import TensorEntry
 
 ROUNDED_FACTOR = 2.5
 COMPUTED_FACTOR = 3.0
 _RUNNABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-
-@dataclass(frozen=True)
-class ForwardOptions:
-    """reference: whose unmerged forward is the measure, ours (reference.py) or PEFT's own. prompts: a file of them,
-    None for the built-in ones. device: None for the GPU where there is one. greedy_tokens: how many tokens the
-    unmerged model goes on for, greedily, after each prompt; all models are compared on them as well.
-    """
-
-    reference: Literal["native", "peft"] = "native"
-    prompts: Path | None = None
-    device: str | None = None
-    greedy_tokens: int = 16
-
-
-@dataclass(frozen=True)
-class ForwardReport:
-    """What the forward check found.
-
-    output: what was compared, "logits", "hidden states", or the "output" of a denoiser.
-    ran: whether both models were run; if not, `reason` says why, and `failures` is empty where the merged folder is
-    not what stopped it. All comparisons are with the unmerged model in the wider dtype: base, whose difference is the
-    adapter's effect; rounded, the formula's weights rounded to the deployed dtype and run in the wider one;
-    unmerged_deployed, the unmerged model run in the deployed dtype; merged_wide and merged_deployed, the folder. A
-    comparison is None where it was not made. changes_nothing: the effect is within what computing in the deployed
-    dtype costs.
-    unmerged_logits (positions, classes) in the wider dtype on the CPU, and samples: one of each for every prompt, the
-    continuation included; not part of the JSON.
-    """
-
-    ran: bool
-    reason: str | None = None
-    failures: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
-    reference: str = "native"
-    device: str = "cpu"
-    architecture: str | None = None
-    output: str = "logits"
-    wide_dtype: str | None = None
-    deployed_dtype: str | None = None
-    inputs: str | None = None
-    positions: int = 0
-    perplexity: float | None = None
-    base: Comparison | None = None
-    rounded: Comparison | None = None
-    unmerged_deployed: Comparison | None = None
-    merged_wide: Comparison | None = None
-    merged_deployed: Comparison | None = None
-    tolerance_wide: Tolerance | None = None
-    tolerance_deployed: Tolerance | None = None
-    changes_nothing: bool = False
-    unmerged_logits: tuple[Tensor, ...] = field(default=(), repr=False, compare=False)
-    samples: tuple[Sample, ...] = field(default=(), repr=False, compare=False)
-
-    @property
-    def passed(self) -> bool:
-        """Whether the models were run and agree."""
-        return self.ran and not self.failures
-
-    @property
-    def allowed_rms(self) -> float | None:
-        """What is allowed of the merged model in the wider dtype, the stricter of the two; None if it was not run."""
-        return self.tolerance_wide.rms if self.tolerance_wide else None
-
-    @property
-    def allowed_kl(self) -> float | None:
-        """The same for the KL divergence."""
-        return self.tolerance_wide.kl if self.tolerance_wide else None
-
-    @property
-    def token_ids(self) -> tuple[Tensor, ...]:
-        """(positions,) of each sample: prompt and greedy continuation; empty for models of no tokens."""
-        return tuple(sample.token_ids for sample in self.samples)
-
-    def to_json(self) -> dict[str, object]:
-        """Plain values; a number that is not finite becomes None."""
-        hidden = {"unmerged_logits", "samples"}
-        shown = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in hidden}
-        return {"passed": self.passed, **{name: _plain(value) for name, value in shown.items()}}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Comparison | Tolerance):
-        return _plain(asdict(value))
-    if isinstance(value, dict):
-        return {key: _plain(one) for key, one in value.items()}
-    if isinstance(value, tuple):
-        return [_plain(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-class _CannotRun(Exception):
-    """Why a model cannot be run, as a sentence."""
-
-
-class _MergedCannotRun(_CannotRun):
-    """The merged folder cannot be run, where the base can: a failure."""
-
-
-class _OutOfMemory(_CannotRun):
-    """The device is too small, which says nothing of the model."""
 
 
 def check_forward(
@@ -187,7 +97,7 @@ def check_forward(
     coded = base if base is not None and base.quantization is not None else None
     place = tokenizer_folder or base_folder
     check = _Check(base_folder, adapter, merged_folder, options, prompts, device, on_progress, place, coded)
-    with quiet_transformers(), _full_precision(), torch.inference_mode():
+    with quiet_transformers(), full_precision(), torch.inference_mode():
         return check.run()
 
 
@@ -228,13 +138,15 @@ class _Check:
     def run(self) -> ForwardReport:
         try:
             deployed = _deployed_dtype(self.merged_folder, self._find_architecture())
-        except _MergedCannotRun as stop:
+        except MergedCannotRun as stop:
             return self._stopped(str(stop), [str(stop)])
-        except _CannotRun as stop:
+        except CannotRun as stop:
             return self._stopped(str(stop))
         narrow = deployed in (torch.bfloat16, torch.float16)
         wide = torch.float32 if narrow else torch.float64
         self.runs_planned = 6 if narrow else 5
+        if too_large := self._too_large(wide):
+            return self._stopped(too_large)
         merged: dict[torch.dtype, Comparison] = {}
         failures: list[str] = []
         try:
@@ -245,9 +157,9 @@ class _Check:
             for dtype, tolerance in tolerances.items():
                 merged[dtype] = self._merged(dtype)
                 failures += tolerance.judge(merged[dtype], dtype)
-        except _MergedCannotRun as stop:
+        except MergedCannotRun as stop:
             failures.append(str(stop))
-        except _CannotRun as stop:
+        except CannotRun as stop:
             return self._stopped(str(stop))
         nothing = base is not None and base.rms <= unmerged_deployed.rms
         if base is not None and nothing:
@@ -280,6 +192,13 @@ class _Check:
             samples=tuple(self.samples),
         )
 
+    def _too_large(self, wide: torch.dtype) -> str | None:
+        """Why neither model can be loaded. A GPU says so itself, when it is full."""
+        if self.device != "cpu":
+            return None
+        stored = [_entries(self.coded_base or self.base_folder), _entries(self.merged_folder)]
+        return why_not_run(stored, read_json(self.merged_folder), wide)
+
     def _perplexity(self) -> float | None:
         itself = ((sample, logits, logits) for sample, logits in zip(self.samples, self.unmerged, strict=True))
         return compare(itself, causal=self.causal).perplexity
@@ -304,14 +223,14 @@ class _Check:
         base = _config(self.base_folder)
         try:
             merged = _config(self.merged_folder)
-        except _CannotRun as stop:
-            raise _MergedCannotRun(str(stop)) from stop
+        except CannotRun as stop:
+            raise MergedCannotRun(str(stop)) from stop
         if DIFFUSERS_KEY in merged or DIFFUSERS_KEY in base:
             require_package("diffusers", "diffusers")
         try:
             self.model_class = ModelClass.of(self.merged_folder, merged, base)
         except ValueError as error:
-            raise _CannotRun(str(error)) from error
+            raise CannotRun(str(error)) from error
         return merged
 
     def _make_samples(self, model: Any) -> Samples:
@@ -328,23 +247,23 @@ class _Check:
         """
         with ExitStack() as stack:
             model, attached = self._attach(stack, wide)
-            with _as_cannot_run(f"{self.architecture} does not run"):
+            with as_cannot_run(f"{self.architecture} does not run"):
                 made = self._make_samples(model)
             self.inputs = made.description
             self.notes += made.notes
             self.causal = any(sample.grows == "input_ids" for sample in made.samples)
             self.total = self.runs_planned * len(made.samples)
             for sample in made.samples:
-                with _as_cannot_run(f"{self.architecture} does not run on {made.description}"):
-                    tokens = _greedy(model, sample, self.options.greedy_tokens)
+                with as_cannot_run(f"{self.architecture} does not run on {made.description}"):
+                    tokens = greedy_tokens(model, sample, self.options.greedy_tokens)
                     self.samples.append(sample.continued(tokens))
-                    self.output, scores = _scores(model, self.samples[-1])
+                    self.output, scores = scores_of(model, self.samples[-1])
                     self.unmerged.append(scores.cpu())
                 self._tick()
             if attached is not None and attached.uncalled:
                 self.notes.append(_uncalled(attached))
         if any(bool((logits.isnan() | logits.isposinf()).any()) for logits in self.unmerged):
-            raise _CannotRun(f"The unmerged model's own logits are not finite in {dtype_name(wide)}.")
+            raise CannotRun(f"The unmerged model's own logits are not finite in {dtype_name(wide)}.")
         if self.options.reference == "peft":
             del model
             model = self._load(self.base_folder, wide)  # PEFT does not undo everything that it loads
@@ -353,9 +272,9 @@ class _Check:
     def _base(self, model: Any) -> Comparison | None:
         try:
             return self._compare_model(model, "The base model does not run on these inputs")
-        except _OutOfMemory:
+        except OutOfMemory:
             raise
-        except _CannotRun as stop:
+        except CannotRun as stop:
             self.notes.append(f"The adapter's effect was not measured: {stop}")
             return None
 
@@ -391,17 +310,17 @@ class _Check:
             why = f"rounding its weights once to {name} costs a model that is right"
             tolerances[wide] = Tolerance.of(rounded, ROUNDED_FACTOR, scale, torch.finfo(wide).eps, why)
         if not tolerances:
-            raise _CannotRun("No tolerance can be measured: " + " ".join(self.notes[-2:]))
+            raise CannotRun("No tolerance can be measured: " + " ".join(self.notes[-2:]))
         return tolerances
 
     def _merged(self, dtype: torch.dtype) -> Comparison:
         try:
             model = self._load(self.merged_folder, dtype)
             return self._compare_model(model, f"The merged model {str(self.merged_folder)!r} does not run")
-        except _OutOfMemory:
+        except OutOfMemory:
             raise
-        except _CannotRun as stop:
-            raise _MergedCannotRun(str(stop)) from stop
+        except CannotRun as stop:
+            raise MergedCannotRun(str(stop)) from stop
 
     def _attach(self, stack: ExitStack, dtype: torch.dtype) -> tuple[Any, Attached | None]:
         """The unmerged model, for as long as `stack` is open; the base alone after that, unless it is PEFT's."""
@@ -409,13 +328,13 @@ class _Check:
         if self.options.reference == "peft":
             from peft import PeftModel
 
-            with _as_cannot_run(f"PEFT cannot load the adapter {str(self.adapter.path)!r}"):
+            with as_cannot_run(f"PEFT cannot load the adapter {str(self.adapter.path)!r}"):
                 wrapped = PeftModel.from_pretrained(model, str(self.adapter.path))
                 return wrapped.get_base_model().eval(), None
         try:
             return model, stack.enter_context(attach_adapter(model, self.adapter))
         except PlanError as error:
-            raise _CannotRun(f"The unmerged forward cannot be computed: {error}") from error
+            raise CannotRun(f"The unmerged forward cannot be computed: {error}") from error
 
     def _load(self, folder: Path, dtype: torch.dtype) -> Any:
         """A model as its user would load it, in eval mode and on the device. The one before it is gone by now."""
@@ -424,7 +343,7 @@ class _Check:
         gc.collect()
         if self.device.startswith("cuda"):
             torch.cuda.empty_cache()
-        with _as_cannot_run(f"{library} cannot load {str(folder)!r} as {self.architecture}"):
+        with as_cannot_run(f"{library} cannot load {str(folder)!r} as {self.architecture}"):
             coded = self.coded_base if folder == self.base_folder else None
             model, missing = self.model_class.load(folder, dtype, self.device, coded)
         if folder == self.base_folder:
@@ -432,7 +351,7 @@ class _Check:
             missing = [name for name in missing if not name.endswith(brought)]
         if missing:
             shown = f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}"
-            raise _CannotRun(
+            raise CannotRun(
                 f"{str(folder)!r} lacks {shown}, which {self.architecture} needs: {library} would make random "
                 "numbers of it."
             )
@@ -441,10 +360,10 @@ class _Check:
     def _compare_model(self, model: Any, failing: str) -> Comparison:
         def runs() -> Iterator[tuple[Sample, Tensor, Tensor]]:
             for sample, unmerged in zip(self.samples, self.unmerged, strict=True):
-                with _as_cannot_run(failing):
-                    _, logits = _scores(model, sample)
+                with as_cannot_run(failing):
+                    _, logits = scores_of(model, sample)
                 if logits.shape != unmerged.shape:
-                    raise _CannotRun(f"{failing}: its output is {list(logits.shape)}, wanted {list(unmerged.shape)}.")
+                    raise CannotRun(f"{failing}: its output is {list(logits.shape)}, wanted {list(unmerged.shape)}.")
                 yield sample, unmerged, logits
                 self._tick()
 
@@ -458,17 +377,18 @@ class _Check:
 def measure_loss(checkpoint: ShardedCheckpoint, forward: ForwardReport, device: str) -> Comparison | None:
     """How far a quantized model, its codes decoded to float32, is from the unmerged one on the samples of `forward`.
 
-    None where it cannot be loaded or run. Peak memory: the model in float32.
+    None where it cannot be loaded or run, or has no room. Peak memory: the model in float32.
     """
     import transformers
 
     model_class = getattr(transformers, forward.architecture or "", None)
-    if model_class is None or not forward.samples:
+    too_large = device == "cpu" and why_not_run([checkpoint.tensors.values()], {}, torch.float32)
+    if model_class is None or not forward.samples or too_large:
         return None
-    with quiet_transformers(), _full_precision(), torch.inference_mode():
+    with quiet_transformers(), full_precision(), torch.inference_mode():
         model = from_tensors(model_class, checkpoint, torch.float32)[0].to(device).eval()
         pairs = zip(forward.samples, forward.unmerged_logits, strict=True)
-        runs = ((sample, unmerged, _scores(model, sample)[1]) for sample, unmerged in pairs)
+        runs = ((sample, unmerged, scores_of(model, sample)[1]) for sample, unmerged in pairs)
         return compare(runs, causal=any(sample.grows == "input_ids" for sample in forward.samples))
 
 
@@ -476,10 +396,18 @@ def _config(folder: Path) -> Mapping[str, object]:
     try:
         config = read_json(folder)
     except CheckpointError as error:
-        raise _CannotRun(str(error)) from error
+        raise CannotRun(str(error)) from error
     if not config:
-        raise _CannotRun(f"{str(folder)!r} has no config.json, so transformers cannot load it.")
+        raise CannotRun(f"{str(folder)!r} has no config.json, so transformers cannot load it.")
     return config
+
+
+def _entries(model: ShardedCheckpoint | Path) -> Iterable[TensorEntry]:
+    """The tensors of a model; none of files that cannot be read, which loading them says."""
+    try:
+        return (open_checkpoint(model) if isinstance(model, Path) else model).tensors.values()
+    except CheckpointError:
+        return ()
 
 
 def _deployed_dtype(folder: Path, config: Mapping[str, object]) -> torch.dtype:
@@ -492,7 +420,7 @@ def _deployed_dtype(folder: Path, config: Mapping[str, object]) -> torch.dtype:
     try:
         tensors = open_checkpoint(folder).tensors.values()
     except CheckpointError as error:
-        raise _MergedCannotRun(str(error)) from error
+        raise MergedCannotRun(str(error)) from error
     sizes = {dtype: sum(entry.nbytes for entry in tensors if entry.dtype == dtype) for dtype in _RUNNABLE}
     return max(sizes, key=lambda dtype: sizes[dtype])
 
@@ -507,102 +435,3 @@ def _uncalled(attached: Attached) -> str:
         f"{count} of {len(attached.modules)} adapted modules did not run on these inputs, so the forward says nothing "
         f"of them: {', '.join(names)}{', ...' if count > len(names) else ''}."
     )
-
-
-def _call(model: Any, inputs: Mapping[str, Tensor], **options: Any) -> Any:
-    moved = {
-        name: value.to(device=model.device, dtype=model.dtype if value.is_floating_point() else None)
-        for name, value in inputs.items()
-    }
-    return model(**nested(moved), **options)
-
-
-def _scores(model: Any, sample: Sample) -> tuple[str, Tensor]:
-    """What a model puts out, in a word, and as (positions, classes): token or class logits, the hidden states of a
-    model without a head, with the projection where a text encoder has one, or what a denoiser makes of its latents."""
-    output = _call(model, sample.inputs)
-    denoised = getattr(output, "sample", None)
-    if isinstance(denoised, Tensor):
-        channels_last = denoised.movedim(1, -1) if denoised.ndim > 3 else denoised
-        return "output", channels_last.flatten(0, -2)
-    hidden, projected = getattr(output, "last_hidden_state", None), getattr(output, "text_embeds", None)
-    if isinstance(hidden, Tensor) and isinstance(projected, Tensor):
-        width = math.gcd(hidden.shape[-1], projected.shape[-1])
-        return "hidden states", torch.cat([hidden.reshape(-1, width), projected.reshape(-1, width)])
-    for name, what in (("logits", "logits"), ("logits_per_image", "logits"), ("last_hidden_state", "hidden states")):
-        value = getattr(output, name, None)
-        if isinstance(value, Tensor):
-            return what, value.flatten(0, -2)
-    floating = [value for value in output.to_tuple() if isinstance(value, Tensor) and value.is_floating_point()]
-    if len(floating) > 1 and floating[0].shape == floating[1].shape:
-        return "logits", torch.stack(floating[:2]).flatten(0, -2)  # the start and end of an answer
-    if not floating:
-        raise ValueError("its output holds no tensor")
-    return "output", floating[0].flatten(0, -2)
-
-
-def _greedy(model: Any, sample: Sample, count: int) -> list[int]:
-    """Tokens that the model goes on with, the most likely one each time, up to and with an end token."""
-    if sample.grows is None:
-        return []
-    room = room_for(model, sample)
-    count = count if room is None else min(count, room)
-    ends = _end_tokens(model)
-    tokens: list[int] = []
-    # Models that see keep positions of the last picture between calls, which a cached step would take for its own.
-    cached = getattr(model.config, "vision_config", None) is None
-    output = _call(model, sample.inputs, use_cache=cached)
-    while len(tokens) < count:
-        tokens.append(int(output.logits[0, -1].argmax()))
-        if tokens[-1] in ends or len(tokens) == count:
-            break
-        cache = getattr(output, "past_key_values", None) if cached else None
-        if cache is None:
-            output = _call(model, sample.continued(tokens).inputs)
-            continue
-        step = dict(sample.continued(tokens).inputs)
-        step[sample.grows] = step[sample.grows][:, -1:]
-        output = _call(model, step, past_key_values=cache, use_cache=True)
-    return tokens
-
-
-def _end_tokens(model: Any) -> set[int]:
-    ends: set[int] = set()
-    for owner in (getattr(model, "generation_config", None), model.config):
-        value = getattr(owner, "eos_token_id", None)
-        ends.update(value if isinstance(value, list) else [] if value is None else [value])
-    return ends
-
-
-@contextmanager
-def _as_cannot_run(what: str) -> Iterator[None]:
-    """Turn whatever other people's code raises into a reason. Errors of ours for the user pass."""
-    try:
-        yield
-    except (DoraServeError, _CannotRun):
-        raise
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise _OutOfMemory(
-            f"{what}: the device has too little memory; another one can be named (--device cpu)."
-        ) from error
-    except Exception as error:
-        first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-        raise _CannotRun(f"{what}: {type(error).__name__}: {first[:300]}") from error
-
-
-@contextmanager
-def _full_precision() -> Iterator[None]:
-    """float32 means float32: convolutions on a GPU would round their inputs to TF32's ten bits."""
-    settings: tuple[Any, ...] = (
-        torch.backends.cuda.matmul,
-        torch.backends.cudnn.conv,  # type: ignore[attr-defined]
-        torch.backends.cudnn.rnn,
-    )
-    before = [setting.fp32_precision for setting in settings]
-    for setting in settings:
-        setting.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        for setting, value in zip(settings, before, strict=True):
-            setting.fp32_precision = value

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dora_serve.checkpoint import open_checkpoint, read_json
 from dora_serve.errors import CheckpointError, DoraServeError
-from dora_serve.forward_check import ForwardOptions
+from dora_serve.forward_report import ForwardOptions
 from dora_serve.pipeline_folder import INDEX_NAME
 from dora_serve.pipeline_plan import PipelinePlan
 from dora_serve.plan import MergePlan

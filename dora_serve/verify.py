@@ -11,7 +11,8 @@ from pathlib import Path
 
 from dora_serve.checkpoint import open_checkpoint
 from dora_serve.errors import CheckpointError
-from dora_serve.forward_check import ForwardOptions, ForwardReport, check_forward
+from dora_serve.forward_check import check_forward
+from dora_serve.forward_report import ForwardOptions, ForwardReport
 from dora_serve.plan import MergePlan
 from dora_serve.progress import OnProgress, ignore_progress
 from dora_serve.quantized.view import codes_in

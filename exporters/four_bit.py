@@ -19,7 +19,8 @@ from torch import Tensor
 from dora_serve.checkpoint import CONFIG_NAME, ShardedCheckpoint, open_checkpoint, side_files
 from dora_serve.comparison import Comparison
 from dora_serve.errors import CheckpointError
-from dora_serve.forward_check import ForwardReport, measure_loss
+from dora_serve.forward_check import measure_loss
+from dora_serve.forward_report import ForwardReport
 from dora_serve.progress import OnProgress, Progress
 from dora_serve.quantized.base import quantize_on_load
 from dora_serve.quantized.codings import Quantization, QuantizedOnLoad, Transposed

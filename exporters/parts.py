@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
-from dora_serve.forward_check import ForwardOptions
+from dora_serve.forward_report import ForwardOptions
 from dora_serve.output import require_space
 from dora_serve.pipeline_plan import PipelinePlan
 from dora_serve.pipeline_verify import PipelineReport, in_component, verify_pipeline

@@ -23,7 +23,8 @@ from transformers.utils import logging as transformers_logging
 from dora_serve import forward_check
 from dora_serve.errors import DoraServeError, UnavailableError
 from dora_serve.formats import read_adapter
-from dora_serve.forward_check import ForwardOptions, ForwardReport, check_forward
+from dora_serve.forward_check import check_forward
+from dora_serve.forward_report import ForwardOptions, ForwardReport
 from dora_serve.progress import Progress
 from dora_serve.prompts import BUILT_IN_PROMPTS, read_prompts
 from tests.tiny_models import SIZES, adapt, build, quiet, rewrite_tensors, save

@@ -19,7 +19,7 @@ from torch import Tensor
 from dora_serve.denoiser_inputs import denoiser_samples, nested
 from dora_serve.errors import CheckpointError, DoraServeError, PlanError, VerificationError
 from dora_serve.formats import ReadOptions
-from dora_serve.forward_check import ForwardOptions
+from dora_serve.forward_report import ForwardOptions
 from dora_serve.pipeline_plan import PipelinePlan
 from dora_serve.verify import VerifyReport
 from exporters.pipeline import Export, ExportRequest, run_export

@@ -14,7 +14,7 @@ import torch
 
 from dora_serve.checkpoint import open_checkpoint
 from dora_serve.formats import read_adapter
-from dora_serve.forward_check import ForwardOptions
+from dora_serve.forward_report import ForwardOptions
 from dora_serve.resolve import plan_merge
 from dora_serve.structure_check import config_difference
 from dora_serve.verify import VerifyReport, verify

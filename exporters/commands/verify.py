@@ -57,7 +57,7 @@ def run(options: argparse.Namespace) -> int:
 def _against_its_sources(options: argparse.Namespace) -> int:
     """Every tensor and the forward; of what was pulled from the Hub the hashes as well, where there are any."""
     from dora_serve.devices import require_device
-    from dora_serve.forward_check import ForwardOptions
+    from dora_serve.forward_report import ForwardOptions
     from dora_serve.quantized.base import BaseChoice
     from exporters.onnx.options import OnnxOptions
     from exporters.pull import check_pulled, pull, without_links

@@ -1,0 +1,49 @@
+"""Whether a forward check fits into memory, asked before a model is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from math import prod
+
+import torch
+
+from dora_serve.comparison import dtype_name
+from dora_serve.memory import available_memory
+from dora_serve.safetensors_file import TensorEntry
+
+_MODEL = 1.1
+"""Of a model in the dtype that it runs in: a parameter is converted while others are there already."""
+_POSITIONS = 512
+"""Of all prompts together, with what follows them: logits are held for each."""
+_LOGITS = 4
+"""Tensors of that size at a time: of two models, and what compares them."""
+_REST = 300 << 20
+"""transformers, activations, an adapter's factors."""
+
+
+def why_not_run(
+    models: Iterable[Iterable[TensorEntry]], config: Mapping[str, object], dtype: torch.dtype
+) -> str | None:
+    """A sentence where the largest of the models, one being loaded after the other, does not fit into this machine's
+    memory in `dtype`; None where all do, or the system does not say."""
+    available = available_memory()
+    if available is None:
+        return None
+    elements = max((sum(prod(entry.shape) for entry in entries) for entries in models), default=0)
+    needed = _REST + int(dtype.itemsize * (_MODEL * elements + _LOGITS * _POSITIONS * _classes(config)))
+    if needed <= available:
+        return None
+    return (
+        f"A model of {elements / 1e9:.3g} billion parameters in {dtype_name(dtype)} needs about {needed / 1e9:.3g} GB "
+        f"of memory, and {available / 1e9:.3g} GB are available here. `dora-export verify` runs the forward on a "
+        "machine that has more, or a GPU that does."
+    )
+
+
+def _classes(config: Mapping[str, object]) -> int:
+    text = config.get("text_config")
+    for table in (config, text if isinstance(text, dict) else {}):
+        size = table.get("vocab_size")
+        if isinstance(size, int):
+            return size
+    return 0
