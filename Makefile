@@ -21,7 +21,7 @@ genai_stamp := $(GENAI)/.complete
 NODE := examples/onnx-node
 node_stamp := $(NODE)/node_modules/.complete
 
-.PHONY: venv genai-env vllm-venv demo test test-vllm browser node check fix bench clean
+.PHONY: venv genai-env vllm-venv demo test test-genai test-vllm browser node check fix bench clean
 
 venv: $(stamp)
 
@@ -49,7 +49,7 @@ genai-env: $(genai_stamp)
 
 $(genai_stamp): $(stamp)
 	$(PYTHON) -m venv $(GENAI)
-	$(bin)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
+	{ $(bin)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'; echo $(CURDIR); } > \
 		$$($(GENAI)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/dora_serve.pth
 	$(GENAI)/bin/python -m pip install --progress-bar off --constraint constraints.txt --no-deps onnxruntime onnxruntime-genai
 	touch $@
@@ -64,8 +64,11 @@ demo: $(stamp) $(BASE)/config.json
 test: $(stamp) $(genai_stamp) $(BASE)/config.json browser node
 	OMP_NUM_THREADS=1 DORA_SERVE_GENAI_PYTHON=$(abspath $(GENAI))/bin/python $(bin)/python -m pytest $(PYTEST)
 ifneq ($(origin PYTEST),command line)
-	@$(MAKE) test-vllm
+	@$(MAKE) test-genai test-vllm
 endif
+
+test-genai: $(genai_stamp)
+	OMP_NUM_THREADS=1 $(GENAI)/bin/python -m pytest tests/genai
 
 # One at a time: each of them is a server or two.
 test-vllm: $(VLLM_VENV)/.complete $(BASE)/config.json

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import sys
@@ -147,3 +148,10 @@ def _columns(stream: TextIO) -> int:
         return os.get_terminal_size(stream.fileno()).columns or 80
     except (OSError, ValueError):  # no real terminal behind it
         return 80
+
+
+def format_number(value: float | None) -> str:
+    """Three digits; nothing for None."""
+    if value is None:
+        return ""
+    return f"{value:.3g}" if math.isfinite(value) else str(value)

@@ -8,25 +8,30 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
 from dora_serve.devices import require_device
 from dora_serve.errors import DoraServeError, VerificationError
 from dora_serve.formats import ReadOptions
-from dora_serve.forward_check import ForwardOptions, require_package
+from dora_serve.forward_check import require_package
+from dora_serve.forward_report import ForwardOptions
 from dora_serve.output import new_folder
 from dora_serve.pipeline_plan import PipelinePlan
 from dora_serve.pipeline_verify import PipelineReport, require_native
 from dora_serve.progress import OnProgress, ignore_progress
 from dora_serve.quantized.base import BaseChoice
 from dora_serve.safetensors_file import replace_metadata
+from dora_serve.verify import VerifyReport
 from exporters.onnx_adapters.naming import file_stem
 from exporters.parts import AnyPlan, AnyReport, Written, models_of, reports_of, verify_plan, write_plan
 from exporters.record import Provenance, hash_files, record, safetensors_metadata, verified_metadata, write_record
-from exporters.registry import EXPORTERS, Exported, ExportInput, ExportOptions, place
+from exporters.registry import EXPORTERS, Exported, ExportInput, ExportOptions, export_onnx_pipeline, place
 from exporters.sources import Sources, open_sources, plan_sources
+
+if TYPE_CHECKING:
+    from exporters.onnx.forecast import OnnxForecast
 
 DTYPES: Mapping[str, torch.dtype] = {
     "float32": torch.float32,
@@ -83,10 +88,30 @@ def plan_export(request: ExportRequest, on_progress: OnProgress = ignore_progres
     sources = open_sources(request.adapter, request.base, request.read, on_progress, request.base_choice)
     plan = plan_sources(sources, DTYPES[request.dtype] if request.dtype else None)
     if isinstance(plan, PipelinePlan):
-        _require_for_pipeline(request)
+        _require_for_pipeline(request, plan)
     else:
         EXPORTERS[request.to].preflight(plan, request.options)
     return sources, plan
+
+
+@dataclass(frozen=True)
+class Foreseen:
+    """What an export would do. onnx: what it would write in place of the merged checkpoint, where it would."""
+
+    plan: AnyPlan
+    onnx: OnnxForecast | None = None
+
+    def to_json(self) -> dict[str, object]:
+        shown = {} if self.onnx is None else {"onnx": self.onnx.to_json()}
+        return {**self.plan.summary(), **shown}
+
+
+def plan_only(request: ExportRequest, on_progress: OnProgress = ignore_progress) -> Foreseen:
+    """Plan, and look ahead; nothing is written. Raises what `plan_export` raises."""
+    sources, plan = plan_export(request, on_progress)
+    if isinstance(plan, PipelinePlan):
+        return Foreseen(plan)
+    return Foreseen(plan, EXPORTERS[request.to].forecast(plan, request.options, file_stem(sources.adapter.spec)))
 
 
 def run_export(request: ExportRequest, on_progress: OnProgress = ignore_progress) -> Export:
@@ -127,7 +152,14 @@ def run_export(request: ExportRequest, on_progress: OnProgress = ignore_progress
                 for file in model.files:
                     replace_metadata(stage / name / file, metadata(model))
         if isinstance(plan, PipelinePlan):
-            exported = place(stage, folder)
+            assert not isinstance(verification, VerifyReport)
+            if request.to == "onnx":
+                said = {name: metadata(model) for name, model in models.items()}
+                exported = export_onnx_pipeline(
+                    stage, folder, plan, verification, request.options, said, verify_device, on_progress
+                )
+            else:
+                exported = place(stage, folder)
         else:
             assert not isinstance(verification, PipelineReport)
             exported = exporter.run(
@@ -169,11 +201,21 @@ def _devices(device: str) -> tuple[str, str]:
     return "cpu", "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _require_for_pipeline(request: ExportRequest) -> None:
+def _require_for_pipeline(request: ExportRequest, plan: PipelinePlan) -> None:
     """What a pipeline cannot be exported to, or verified with."""
-    if request.to != "safetensors":
+    if request.to == "onnx":
+        from exporters.onnx.components import require_exportable
+        from exporters.onnx.options import OnnxOptions
+
+        if request.options.max_kl is not None:
+            raise DoraServeError(
+                "A pipeline's models have no predictions whose KL divergence could be judged.",
+                remedy="Leave out --max-kl.",
+            )
+        require_exportable(request.options.onnx or OnnxOptions(), plan.adapted, plan.base.folder)
+    elif request.to != "safetensors":
         raise DoraServeError(
-            f"A pipeline of several models is written as safetensors, not as {request.to}.",
+            f"A pipeline of several models is written as safetensors or ONNX, not as {request.to}.",
             remedy="Leave out --to; or name one component's folder with --base.",
         )
     if request.verify:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +12,9 @@ from torch import Tensor
 
 from dora_serve.checkpoint import side_files
 from dora_serve.errors import CheckpointError
-from dora_serve.forward_check import ForwardReport
+from dora_serve.forward_report import ForwardReport
+from dora_serve.pipeline_plan import PipelinePlan
+from dora_serve.pipeline_verify import PipelineReport
 from dora_serve.plan import MergePlan
 from dora_serve.progress import OnProgress, Progress
 from dora_serve.quantized.codings import Quantization
@@ -21,7 +23,10 @@ from exporters.onnx.check.answers import Inputs, token_inputs
 from exporters.onnx_adapters.options import SlotOptions
 
 if TYPE_CHECKING:
+    from exporters.onnx.check.components import GraphCheck
     from exporters.onnx.check.report import OnnxCheck
+    from exporters.onnx.export import OnnxExport
+    from exporters.onnx.forecast import OnnxForecast
     from exporters.onnx.options import OnnxOptions
     from exporters.onnx_adapters.adapter_file import SlottedBase
     from exporters.onnx_adapters.check import SwapCheck
@@ -64,10 +69,13 @@ class Exported:
 
 @dataclass(frozen=True)
 class Exporter:
-    """preflight: raises what can be known before anything is merged. run: writes and compares."""
+    """preflight: raises what can be known before anything is merged. run: writes and compares. forecast: what it would
+    write, where that is not the merged checkpoint.
+    """
 
     preflight: Callable[[MergePlan, ExportOptions], None]
     run: Callable[[ExportInput], Exported]
+    forecast: Callable[[MergePlan, ExportOptions, str], OnnxForecast | None] = lambda plan, options, name: None
 
 
 def _nothing_to_check(plan: MergePlan, options: ExportOptions) -> None:
@@ -114,6 +122,7 @@ def export_onnx_folder(given: ExportInput) -> Exported:
     else:
         exported = export_onnx(given.merged, given.out, options, metadata=given.metadata, on_progress=say)
     copy_missing(given.merged, given.out, side_files(given.merged))
+    exported = _noted(exported, options)
     values: dict[str, object] = {"onnx": exported.to_json()}
     if given.verification is None:
         return Exported(values)
@@ -121,6 +130,13 @@ def export_onnx_folder(given: ExportInput) -> Exported:
         given.out, given.merged, given.verification.forward, given.device, given.on_progress, given.options
     )
     return Exported({**values, "onnx_check": check.to_json()}, check.failures)
+
+
+def _noted(exported: OnnxExport, options: OnnxOptions) -> OnnxExport:
+    """With what is to be said of the provider."""
+    from exporters.onnx.forecast import provider_notes
+
+    return replace(exported, notes=(*exported.notes, *provider_notes(options)))
 
 
 def compare_onnx(
@@ -174,6 +190,7 @@ def export_four_bit_folder(given: ExportInput, *, double: bool) -> Exported:
 
 def _check_slots(plan: MergePlan, options: ExportOptions) -> None:
     from exporters.onnx.architectures import architecture_of
+    from exporters.onnx.genai import require_genai
     from exporters.onnx.loading import require
     from exporters.onnx_adapters.export import require_one_graph, require_servable
 
@@ -186,11 +203,15 @@ def _check_slots(plan: MergePlan, options: ExportOptions) -> None:
             path=str(plan.base.folder),
         )
     require_servable(plan.adapter, options.slots)
-    require_one_graph(architecture_of(plan.base.folder))
+    architecture = architecture_of(plan.base.folder)
+    require_one_graph(architecture)
+    if options.onnx is not None and options.onnx.runtime == "genai":
+        require_genai(options.onnx, architecture)
 
 
 def export_onnx_adapters(given: ExportInput) -> Exported:
     """The base as ONNX with adapter slots, and the adapter as a file for them, compared with torch unmerged."""
+    from exporters.onnx.options import OnnxOptions
     from exporters.onnx_adapters.export import export_slotted
 
     base, adapter = given.plan.base.folder, given.plan.adapter
@@ -206,7 +227,7 @@ def export_onnx_adapters(given: ExportInput) -> Exported:
     )
     table = made.base.table
     values: dict[str, object] = {
-        "onnx": made.onnx.to_json(),
+        "onnx": _noted(made.onnx, given.options.onnx or OnnxOptions()).to_json(),
         "slots": {
             "count": len(table.slots),
             "mixed_batches": table.mixed,
@@ -226,7 +247,7 @@ def export_onnx_adapters(given: ExportInput) -> Exported:
         given.verification.forward,
         given.device,
         given.on_progress,
-        given.options.max_kl,
+        given.options,
     )
     return Exported({**values, "swap_check": asdict(check)}, check.failures)
 
@@ -238,14 +259,82 @@ def compare_swapped(
     forward: ForwardReport | None,
     device: str,
     on_progress: OnProgress,
-    max_kl: float | None = None,
+    options: ExportOptions | None = None,
 ) -> SwapCheck:
     """A slotted graph with an adapter file against torch's unmerged forward, on the verification's own prompts."""
     from exporters.onnx_adapters.check import check_swap
 
-    samples, say = _samples(forward)[0], _in_words(on_progress)
-    given = (base, adapter_path, plan.base.folder, plan.adapter, samples)
-    return check_swap(*given, device=device, max_kl=max_kl, on_progress=say)
+    chosen = options or ExportOptions()
+    return check_swap(
+        base,
+        adapter_path,
+        plan.base.folder,
+        plan.adapter,
+        _samples(forward)[0],
+        device=device,
+        max_kl=chosen.max_kl,
+        genai_python=chosen.onnx.genai_python if chosen.onnx else None,
+        on_progress=_in_words(on_progress),
+    )
+
+
+def forecast_onnx(plan: MergePlan, options: ExportOptions, name: str) -> OnnxForecast:
+    """Of `--to onnx`. name: of the adapter, as for ExportInput."""
+    from exporters.onnx.forecast import forecast
+    from exporters.onnx.options import OnnxOptions
+
+    return forecast(plan, options.onnx or OnnxOptions())
+
+
+def forecast_slots(plan: MergePlan, options: ExportOptions, name: str) -> OnnxForecast:
+    """Of `--to onnx-adapters`."""
+    from exporters.onnx.forecast import forecast
+    from exporters.onnx.options import OnnxOptions
+    from exporters.onnx_adapters.naming import ADAPTERS, SUFFIX
+
+    return forecast(plan, options.onnx or OnnxOptions(), adapter_file=f"{ADAPTERS}/{name}{SUFFIX}")
+
+
+def export_onnx_pipeline(
+    merged: Path,
+    out: Path,
+    plan: PipelinePlan,
+    verification: PipelineReport | None,
+    options: ExportOptions,
+    metadata: Mapping[str, Mapping[str, str]],
+    device: str,
+    on_progress: OnProgress,
+) -> Exported:
+    """A diffusers pipeline as ONNX folders in Optimum's layout, each graph compared with torch in ONNX Runtime.
+
+    metadata: by component.
+    """
+    from exporters.onnx.components import export_pipeline
+    from exporters.onnx.forecast import provider_notes
+    from exporters.onnx.options import OnnxOptions
+
+    chosen, say = options.onnx or OnnxOptions(), _in_words(on_progress)
+    names = tuple(plan.components)
+    made = export_pipeline(merged, out, names, chosen, metadata=metadata, on_progress=say)
+    values = made.to_json()
+    values["notes"] = [*made.notes, *provider_notes(chosen)]
+    if verification is None:
+        return Exported({"onnx_pipeline": values})
+    found = compare_onnx_pipeline(out, merged, plan, verification, device, on_progress)
+    failures = tuple(failure for one in found for failure in one.failures)
+    return Exported({"onnx_pipeline": values, "onnx_check": [one.to_json() for one in found]}, failures)
+
+
+def compare_onnx_pipeline(
+    out: Path, merged: Path, plan: PipelinePlan, verification: PipelineReport, device: str, on_progress: OnProgress
+) -> tuple[GraphCheck, ...]:
+    """The graphs of a pipeline against the merged components and what the verification recorded of the unmerged."""
+    from exporters.onnx.check.components import check_components
+
+    forwards = {name: report.forward for name, report in verification.components.items()}
+    return check_components(
+        out, merged, tuple(plan.components), forwards, device=device, on_progress=_in_words(on_progress)
+    )
 
 
 def _in_words(on_progress: OnProgress) -> Callable[[str], None]:
@@ -254,12 +343,11 @@ def _in_words(on_progress: OnProgress) -> Callable[[str], None]:
 
 EXPORTERS: Mapping[str, Exporter] = {
     "safetensors": Exporter(_nothing_to_check, export_safetensors),
-    "onnx": Exporter(_check_onnx_architecture, export_onnx_folder),
-    "onnx-adapters": Exporter(_check_slots, export_onnx_adapters),
+    "onnx": Exporter(_check_onnx_architecture, export_onnx_folder, forecast_onnx),
+    "onnx-adapters": Exporter(_check_slots, export_onnx_adapters, forecast_slots),
     "nf4": Exporter(_check_four_bit, partial(export_four_bit_folder, double=False)),
     "nf4-double": Exporter(_check_four_bit, partial(export_four_bit_folder, double=True)),
 }
-
 
 _SCORING = ("ForSequenceClassification", "ForTokenClassification", "ForImageClassification", "ForMaskedLM")
 

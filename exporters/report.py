@@ -2,30 +2,40 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 from dora_serve.comparison import Comparison, Tolerance
 from dora_serve.decomposition import Decomposition, ModuleChange
-from dora_serve.forward_check import ForwardReport
+from dora_serve.forward_report import ForwardReport
 from dora_serve.pipeline_verify import PipelineReport
 from dora_serve.tensor_report import TensorReport
-from dora_serve.terminal import format_bytes, format_seconds, format_table
+from dora_serve.terminal import format_bytes, format_number, format_seconds, format_table
 from exporters.inspect import Inspection
+from exporters.onnx_report import (
+    forecast_text,
+    graphs_text,
+    onnx_check_text,
+    onnx_export_text,
+    pipeline_export_text,
+    slots_text,
+    swap_text,
+)
 from exporters.parts import AnyPlan, AnyReport
-from exporters.pipeline import Export
+from exporters.pipeline import Export, Foreseen
 from exporters.pull import PulledReport
 from exporters.record import RECORD_NAME
 from exporters.verify_folder import FolderReport
 
 
-def plan_text(plan: AnyPlan) -> str:
+def plan_text(foreseen: Foreseen) -> str:
     """What a merge would do, for --dry-run."""
-    summary: Any = plan.summary()
+    plan, summary = foreseen.plan, dict[str, Any](foreseen.plan.summary())
     lines = [_headline(plan), "", format_table(_rows(summary["actions"]), ("what happens", "tensors"))]
     for name, part in summary.get("components", {}).items():
         lines += ["", format_table(_rows(part["actions"]), (f"of these in {name}", "tensors"))]
+    if foreseen.onnx is not None:
+        return "\n".join([*lines, "", forecast_text(foreseen.onnx), *(f"Note: {note}" for note in plan.notes)])
     files = [[name, str(count)] for name, count in summary["files"].items()]
     lines += ["", format_table(files, ("file", "tensors")), f"{format_bytes(plan.nbytes)} in all"]
     if summary["config_changes"]:
@@ -48,13 +58,16 @@ def export_text(export: Export) -> str:
         lines += ["", verification_text(export.verification)]
     if "four_bit" in export.exported.values:
         lines += ["", _four_bit_text(export.exported.values["four_bit"])]
+    pipeline: Any = export.exported.values.get("onnx_pipeline")
+    if pipeline is not None:
+        lines += ["", pipeline_export_text(pipeline), graphs_text(export.exported.values.get("onnx_check"))]
     onnx: Any = export.exported.values.get("onnx")
     if onnx is not None:
         lines += ["", onnx_export_text(onnx)]
         if "slots" in export.exported.values:
-            lines += _slots_text(export.exported.values)
+            lines += slots_text(export.exported.values)
         else:
-            lines.append(_onnx_text(export.exported.values.get("onnx_check")))
+            lines.append(onnx_check_text(export.exported.values.get("onnx_check")))
     return "\n".join([*lines, "", f"Written to {export.out}"])
 
 
@@ -75,46 +88,6 @@ def _four_bit_text(made: Any) -> str:
     )
 
 
-def _slots_text(values: Mapping[str, Any]) -> list[str]:
-    """What a graph with adapter slots was found to do with its first adapter."""
-    slots, adapter, check = values["slots"], values["onnx_adapter"], values.get("swap_check")
-    kind = ", for mixed batches" if slots["mixed_batches"] else ""
-    fixed = f", rank {slots['rank']}" if slots["rank"] else ""
-    lines = [
-        f"Slots: {slots['count']}{fixed}{kind}",
-        f"Adapter file: adapters/{adapter['file']}, {adapter['method']}, {format_bytes(adapter['bytes'])}",
-    ]
-    if check is None:
-        return [*lines, "NOT COMPARED with torch (--no-verify)."]
-    return [*lines, "", swap_text(check)]
-
-
-def swap_text(check: Mapping[str, Any]) -> str:
-    """The comparison of a slotted graph and an adapter file with torch's unmerged forward."""
-    rows = [
-        ["without an adapter, from torch's base", _number(check["base_max_abs"]), "", _optional(check["base_kl"])],
-        ["whole prompts", _number(check["max_abs"]), _number(check["tolerance"]), _optional(check["kl"])],
-    ]
-    if check["decode_max_abs"] is not None:
-        rows.append(["through the cache", _number(check["decode_max_abs"]), _number(check["tolerance"]), ""])
-    rows.append(["a padded batch of 4", _number(check["padded_max_abs"]), _number(check["tolerance"]), ""])
-    rows.append(["the adapter's effect", _number(check["effect_max_abs"]), "", ""])
-    if check["reference"] != "base":
-        rows.append(
-            ["without an adapter, from torch's base before it was quantized", "", "", _optional(check["lost_kl"])]
-        )
-    if check["without_magnitude_max_abs"] is not None:
-        rows.append(["if the magnitude were ignored", _number(check["without_magnitude_max_abs"]), "", ""])
-    title = f"ONNX Runtime ({check['provider']}) with the adapter swapped in, how far from torch's unmerged forward"
-    table = format_table(rows, ("", "largest", "allowed", "KL"))
-    greedy = f"; {check['greedy_equal']} of {check['greedy_total']} go on alike" if check["greedy_total"] else ""
-    return f"{title}\n{table}\n{check['prompts']} prompts{greedy}."
-
-
-def _optional(value: float | None) -> str:
-    return "" if value is None else _number(value)
-
-
 def verification_text(report: AnyReport) -> str:
     """The tables of a verification, and what is wrong where something is."""
     if isinstance(report, PipelineReport):
@@ -130,7 +103,8 @@ def verification_text(report: AnyReport) -> str:
         parts.append("FAILED:\n" + "\n".join(f"  - {failure}" for failure in report.failures[:20]))
         if report.tensors is not None and report.tensors.ranked:
             rows = [
-                [item.module, f"{item.share:.1%}", _number(item.relative_error)] for item in report.tensors.ranked[:8]
+                [item.module, f"{item.share:.1%}", format_number(item.relative_error)]
+                for item in report.tensors.ranked[:8]
             ]
             parts.append(format_table(rows, ("module", "share of the error", "relative error")))
     elif report.changes_nothing:
@@ -160,11 +134,15 @@ def folder_text(report: FolderReport) -> str:
         failures = "\n".join(f"  - {failure}" for failure in report.onnx_failures)
         verdict = f"FAILED:\n{failures}" if failures else "Verified: base and adapter file are the unmerged model."
         return "\n\n".join(["A merge of the same adapter, for comparison:", text, swap_text(report.swap), verdict])
+    if report.graphs:
+        failures = "\n".join(f"  - {failure}" for failure in report.onnx_failures)
+        verdict = f"FAILED:\n{failures}" if failures else "Verified: the graphs are that merged pipeline."
+        return "\n\n".join(["The merge that the graphs are compared with:", text, graphs_text(report.graphs), verdict])
     if report.onnx is None:
         return text
     failures = "\n".join(f"  - {failure}" for failure in report.onnx_failures)
     verdict = f"FAILED:\n{failures}" if failures else "Verified: the graph is that merged model."
-    return "\n\n".join(["The merge that the graph is compared with:", text, _onnx_text(report.onnx), verdict])
+    return "\n\n".join(["The merge that the graph is compared with:", text, onnx_check_text(report.onnx), verdict])
 
 
 def pulled_text(report: PulledReport) -> str:
@@ -229,7 +207,7 @@ def decomposition_text(found: Decomposition) -> str:
     for kind, trend in {**found.by_kind, "all": found.trend}.items():
         group = [change for change in found.modules if kind in ("all", change.kind)]
         means = [sum(values) / max(1, len(group)) for values in zip(*map(_changes, group), strict=True)] or [0.0] * 3
-        rows.append([kind, str(trend.modules), *map(_number, (*means, trend.correlation, trend.slope))])
+        rows.append([kind, str(trend.modules), *map(format_number, (*means, trend.correlation, trend.slope))])
     header = ("what changes", "modules", "m", "mean |m' - m|", "mean 1 - cos", "correlation", "slope")
     return format_table(rows, header)
 
@@ -265,7 +243,7 @@ def _tensor_rows(report: TensorReport) -> list[list[str]]:
     rows = [
         ["tensors", f"{len(report.results)}: {verdicts}"],
         ["elements that are not the formula rounded once", f"{report.differing:,} of {report.elements:,}"],
-        ["largest error, in spacings of the dtype", _number(report.largest_error)],
+        ["largest error, in spacings of the dtype", format_number(report.largest_error)],
     ]
     norms = [result.norms for result in report.results if result.norms]
     if norms:
@@ -301,74 +279,21 @@ def _forward_row(label: str, found: Comparison, limit: Tolerance | None) -> list
     greedy = found.greedy
     return [
         label,
-        _number(found.largest),
-        _number(found.rms),
-        _number(limit.rms if limit else None),
-        _number(found.kl),
-        _number(limit.kl if limit else None),
+        format_number(found.largest),
+        format_number(found.rms),
+        format_number(limit.rms if limit else None),
+        format_number(found.kl),
+        format_number(limit.kl if limit else None),
         f"{found.top1:.1%}",
-        _number(found.perplexity),
+        format_number(found.perplexity),
         f"{greedy.equal} of {greedy.compared}" if greedy else "",
     ]
-
-
-def onnx_export_text(onnx: Mapping[str, Any]) -> str:
-    """What graphs were written."""
-    graphs = ", ".join(f"{graph['file']} ({graph['nodes']} nodes)" for graph in onnx["graphs"])
-    weights = f"{onnx['dtype']}, weights {onnx['quantize']}" if onnx["quantize"] else onnx["dtype"]
-    how = "traced" if onnx["traced"] else "graph from the cache"
-    lines = [f"ONNX: {graphs}, opset {onnx['opset']}, {weights}, {format_bytes(onnx['bytes'])}, {how}"]
-    return "\n".join([*lines, *(f"Note: {note}" for note in onnx["notes"])])
-
-
-def _onnx_text(check: Any) -> str:
-    if check is None:
-        return "NOT COMPARED with torch (--no-verify)."
-    quantized = check["tolerance"] is None and not check["not_run"]
-    allowed = f" ({_number(check['kl_limit'])} allowed)" if check["kl_limit"] is not None else ""
-    limit = f" ({_number(check['reference_limit'])})" if check["reference_limit"] is not None else ""
-    rows = [
-        ["prefill, all positions: largest difference", _number(check["max_abs"])],
-        ["decode with cache: largest difference", _number(check["decode_max_abs"])],
-        ["padded batch of 4: largest difference", _number(check["padded_max_abs"])],
-        [f"tolerance, from {check['dtype']}", _number(check["tolerance"])],
-        ["KL divergence from torch, nats", _number(check["kl"]) + allowed],
-        ["same top-1", "" if check["top1"] is None else f"{check['top1']:.1%}"],
-        [
-            "perplexity of the prompts (torch's)",
-            f"{_number(check['perplexity'])} ({_number(check['torch_perplexity'])})" if quantized else "",
-        ],
-        ["from the unmerged model's logits (allowed)", f"{_number(check['reference_max_abs'])}{limit}"],
-        [
-            f"greedy continuations of {check['greedy_tokens']} tokens equal",
-            f"{check['greedy_equal']} of {check['greedy_total']}" if check["greedy_total"] else "",
-        ],
-        [
-            "tokens a second, prompts included (torch's)",
-            f"{_number(check['tokens_per_second'])} ({_number(check['torch_tokens_per_second'])})"
-            if check["tokens_per_second"]
-            else "",
-        ],
-        [
-            "weights equal to the merged tensors, " + ("in steps of their scales" if quantized else "bit for bit"),
-            f"{check['initializers_equal']} of {check['initializers']}",
-        ],
-    ]
-    shown = [row for row in rows if row[1] not in ("", " ()")]
-    table = format_table(shown, (f"ONNX Runtime ({check['provider']}) against torch in float32", ""))
-    return "\n".join([table, *(f"NOT RUN: {reason}" for reason in check["not_run"])])
 
 
 def _counted(values: Mapping[Any, int]) -> str:
     if len(values) == 1:
         return f"{next(iter(values)):g}"
     return ", ".join(f"{value:g} ({count})" for value, count in sorted(values.items()))
-
-
-def _number(value: float | None) -> str:
-    if value is None:
-        return ""
-    return f"{value:.3g}" if math.isfinite(value) else str(value)
 
 
 def _duration(seconds: float) -> str:

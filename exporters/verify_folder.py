@@ -16,16 +16,19 @@ import torch
 
 from dora_serve.checkpoint import read_json
 from dora_serve.errors import CheckpointError, no_such_path
-from dora_serve.forward_check import ForwardOptions
+from dora_serve.forward_report import ForwardOptions
+from dora_serve.pipeline_folder import INDEX_NAME
 from dora_serve.pipeline_plan import PipelinePlan
+from dora_serve.pipeline_verify import PipelineReport
 from dora_serve.plan import MergePlan
 from dora_serve.progress import OnProgress, ignore_progress
 from dora_serve.resolve import MERGEABLE_DTYPES
 from dora_serve.verify import verify
+from exporters.onnx.saving import MODEL_FILE
 from exporters.onnx_adapters.adapter_file import open_slotted
 from exporters.onnx_adapters.naming import ADAPTERS, SUFFIX, file_stem
-from exporters.parts import AnyReport, verify_plan
-from exporters.registry import ExportOptions, compare_onnx, compare_swapped
+from exporters.parts import AnyReport, verify_plan, write_plan
+from exporters.registry import ExportOptions, compare_onnx, compare_onnx_pipeline, compare_swapped
 from exporters.safetensors import write_model
 from exporters.sources import Sources, plan_sources
 
@@ -35,7 +38,8 @@ _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.onnx", "pytorch_mode
 @dataclass(frozen=True)
 class FolderReport:
     """model: the check of the merged weights (for ONNX, of the merge that the graph is compared with). onnx: the
-    comparison of the graph, or swap that of a base with slots and an adapter file; onnx_failures what is wrong with
+    comparison of the graph, graphs those of a pipeline, or swap that of a base with slots and an adapter file;
+    onnx_failures what is wrong with
     it. All empty for safetensors.
     """
 
@@ -43,6 +47,7 @@ class FolderReport:
     onnx: Mapping[str, object] | None = None
     onnx_failures: tuple[str, ...] = ()
     swap: Mapping[str, object] | None = None
+    graphs: tuple[Mapping[str, object], ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -53,7 +58,7 @@ class FolderReport:
         return (*self.model.failures, *self.onnx_failures)
 
     def to_json(self) -> dict[str, object]:
-        both = {"onnx_check": self.onnx, "swap_check": self.swap}
+        both = {"onnx_check": self.onnx or list(self.graphs) or None, "swap_check": self.swap}
         return {**self.model.to_json(), "passed": self.passed, "failures": list(self.failures), **both}
 
 
@@ -71,7 +76,9 @@ def verify_folder(
     """
     graphs = sorted(folder.glob("*.onnx"))
     if (folder / ADAPTERS).is_dir() and graphs:
-        return _verify_slotted(folder, sources, options, export.max_kl if export else None, on_progress)
+        return _verify_slotted(folder, sources, options, export, on_progress)
+    if (folder / INDEX_NAME).is_file() and any(folder.glob(f"*/{MODEL_FILE}")):
+        return _verify_onnx_pipeline(folder, sources, options, on_progress)
     if not graphs or any(folder.glob("*.safetensors")):
         return FolderReport(verify_plan(plan_sources(sources), folder, options, on_progress))
     with tempfile.TemporaryDirectory(prefix="dora-export-verify-") as scratch:
@@ -81,6 +88,33 @@ def verify_folder(
         device = "cuda" if torch.cuda.is_available() and options.device != "cpu" else "cpu"
         check = compare_onnx(folder, Path(scratch), report.forward, device, on_progress, export)
     return FolderReport(report, check.to_json(), check.failures)
+
+
+def _verify_onnx_pipeline(
+    folder: Path, sources: Sources, options: ForwardOptions, on_progress: OnProgress
+) -> FolderReport:
+    """The graphs of a pipeline, whoever made them, beside a merge of our own."""
+    plan = plan_sources(sources)
+    if not isinstance(plan, PipelinePlan):
+        raise CheckpointError(
+            f"{str(folder)!r} is a pipeline of ONNX graphs, and the base {sources.base.spec!r} is one model.",
+            remedy="Name the pipeline that was merged into with --base.",
+            path=str(folder),
+        )
+    with tempfile.TemporaryDirectory(prefix="dora-export-verify-") as scratch:
+        merged = Path(scratch)
+        write_plan(plan, merged, lambda part: {"format": "pt"}, on_progress=on_progress)
+        report = verify_plan(plan, merged, options, on_progress)
+        assert isinstance(report, PipelineReport)
+        device = "cuda" if torch.cuda.is_available() and options.device != "cpu" else "cpu"
+        found = compare_onnx_pipeline(folder, merged, plan, report, device, on_progress)
+    failures = [failure for one in found for failure in one.failures]
+    failures += [
+        f"{name}: the adapter changes it, and the folder has no graph of it."
+        for name in plan.adapted
+        if not any(one.folder.startswith(name) for one in found)
+    ]
+    return FolderReport(report, onnx_failures=tuple(failures), graphs=tuple(one.to_json() for one in found))
 
 
 def _plan_of_one(sources: Sources, dtype: torch.dtype | None = None) -> MergePlan:
@@ -94,7 +128,7 @@ def _plan_of_one(sources: Sources, dtype: torch.dtype | None = None) -> MergePla
 
 
 def _verify_slotted(
-    folder: Path, sources: Sources, options: ForwardOptions, max_kl: float | None, on_progress: OnProgress
+    folder: Path, sources: Sources, options: ForwardOptions, export: ExportOptions | None, on_progress: OnProgress
 ) -> FolderReport:
     """Of a base with adapter slots: the file of this adapter on it, whoever made that, beside a merge of our own."""
     base = open_slotted(folder)
@@ -104,7 +138,7 @@ def _verify_slotted(
         report = verify(plan, Path(scratch), options, on_progress=on_progress)
     device = "cuda" if torch.cuda.is_available() and options.device != "cpu" else "cpu"
     file = _adapter_file(folder, sources)
-    check = compare_swapped(base, file, plan, report.forward, device, on_progress, max_kl)
+    check = compare_swapped(base, file, plan, report.forward, device, on_progress, export)
     return FolderReport(report, None, check.failures, asdict(check))
 
 

@@ -10,6 +10,7 @@ import pytest
 import transformers
 
 from dora_serve.errors import OutputError, UnavailableError
+from dora_serve.onnx_engine.engine import OnnxEngine
 from exporters.onnx.check.answers import token_inputs
 from exporters.onnx.check.check import check_onnx
 from exporters.onnx.check.report import OnnxCheck
@@ -94,6 +95,13 @@ def test_a_python_may_be_named_from_where_one_is(model: Path, tmp_path: Path, mo
     monkeypatch.chdir(python.parent.parent)
     made = export(model, tmp_path / "out", genai_python=f"bin/{python.name}")
     assert (made.folder / "model.onnx").is_file()
+
+
+def test_the_engine_names_the_environment_that_it_needs(model: Path, tmp_path: Path) -> None:
+    """What it does where the runtime is installed is tested there: tests/genai."""
+    made = export(model, tmp_path / "out")
+    with pytest.raises(UnavailableError, match=r"onnxruntime-genai is not installed.*make genai-env"):
+        OnnxEngine.load(made.folder)
 
 
 def test_a_builder_that_fails_says_why(model: Path, tmp_path: Path) -> None:

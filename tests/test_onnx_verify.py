@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -132,3 +133,45 @@ def test_a_weight_that_is_stored_twice_fails(root: Path, tmp_path: Path, capsys:
     code, failures = verify(root, tmp_path / "onnx", capsys)
     assert code == 1
     assert any("not well formed" in failure for failure in failures)
+
+
+def test_a_dry_run_tells_of_the_graphs(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What it says of size and cache is held against the export that follows."""
+
+    def foreseen(*options: str) -> dict[str, Any]:
+        assert merge(root, tmp_path / "onnx", "--dry-run", "--json", *options) == 0
+        found: dict[str, Any] = json.loads(capsys.readouterr().out)["onnx"]
+        return found
+
+    for options in ((), ("--quantize", "int8"), ("--onnx-dtype", "float16", "--no-verify")):
+        before = foreseen(*options)
+        assert merge(root, tmp_path / "onnx", "--overwrite", *options) == 0
+        capsys.readouterr()
+        made = json.loads((tmp_path / "onnx" / "dora_export.json").read_text())["onnx"]
+        assert [before[key] for key in ("dtype", "quantize", "opset")] == [made["dtype"], made["quantize"], 23]
+        assert {graph["file"] for graph in made["graphs"]} < set(before["files"])
+        data = (tmp_path / "onnx" / "model.onnx.data").stat().st_size
+        assert abs(before["bytes"] - data) < 0.1 * data
+        assert foreseen(*options)["cached"] is True
+    assert foreseen("--opset", "20")["opset"] == 20
+    assert merge(root, tmp_path / "other", "--dry-run", "--quantize", "int4") == 0
+    shown = capsys.readouterr().out
+    for said in ("LlamaForCausalLM", "model.onnx.data", "weights int4", "traced graph in the cache", "memory"):
+        assert said in shown
+    assert ".safetensors" not in shown
+    assert not (tmp_path / "other").exists()
+
+
+def test_graphs_for_a_gpu_that_is_not_here_say_so(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert merge(root, tmp_path / "onnx", "--provider", "cuda", "--onnx-dtype", "float16") == 0
+    said = "nothing was run on a GPU"
+    made = json.loads((tmp_path / "onnx" / "dora_export.json").read_text())["onnx"]
+    assert (said in capsys.readouterr().out) == any(said in note for note in made["notes"]) == (not _has_cuda())
+    assert merge(root, tmp_path / "onnx", "--provider", "cuda", "--dry-run") == 0
+    assert (said in capsys.readouterr().out) == (not _has_cuda())
+
+
+def _has_cuda() -> bool:
+    return torch.cuda.is_available()

@@ -37,8 +37,8 @@ class RowCache:
         """(count,): where the new tokens of a step go, which is also their position; and the rows that they go to."""
         self.layers = Cache(layer_class_to_replicate=partial(_Layer, self))  # type: ignore[arg-type]
 
-    def begin_fill(self, row: int) -> None:
-        """The next forward has one row, which becomes row `row`."""
+    def begin_fill(self, row: int, most: int = 0) -> None:
+        """The next forward has one row, which becomes row `row`; how long it will be does not matter here."""
         self._filling, self.lengths[row] = row, 0
 
     def begin_step(self, count: int, device: torch.device) -> None:

@@ -36,8 +36,8 @@ class Pool(Protocol):
 class Cache(Protocol):
     """Keys and values of the rows of a batch."""
 
-    def begin_fill(self, row: int) -> None:
-        """The next forward has one row, which becomes row `row`."""
+    def begin_fill(self, row: int, most: int) -> None:
+        """The next forward has one row, which becomes row `row` and will have so many tokens at most."""
         ...
 
     def begin_step(self, count: int, device: torch.device) -> None:
@@ -246,7 +246,7 @@ class _Decoding:
         """Put a prompt into the cache: by itself, so that its numbers are the same whatever runs beside it."""
         place = len(self._rows)
         try:
-            self._cache.begin_fill(place)
+            self._cache.begin_fill(place, len(row.tokens) + row.room)
             tokens = torch.tensor([row.tokens], device=self._engine.device)
             logits = self._engine.forward(self._engine.batch((row.adapter,)), tokens, self._cache)
             self._cache.end(len(row.tokens))

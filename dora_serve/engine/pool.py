@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from dora_serve.adapter import Adapter
+from dora_serve.engine.adapter_names import not_loaded, require_name, require_unused
 from dora_serve.engine.factors import Base, PreparedAdapter, prepare
 from dora_serve.engine.known_scales import known_scales
 from dora_serve.engine.sound import is_whole, require
@@ -29,7 +30,6 @@ from dora_serve.formats import ReadOptions, read_adapter
 from dora_serve.hub import locate
 
 Tier = Literal["device", "host", "disk"]
-BASE_NAME = "base"
 
 
 @dataclass(frozen=True)
@@ -174,15 +174,7 @@ class AdapterPool:
         """Forget an adapter. Raises EngineError where there is none of that name or requests are using it."""
         with self._lock:
             self._entry(name)
-            users = self._users(name)
-            if users:
-                count = "1 request is" if users == 1 else f"{users} requests are"
-                raise EngineError(
-                    f"The adapter {name!r} is not unloaded: {count} using it.",
-                    remedy="Wait until they end, or cancel them. An adapter can be replaced while it is in use.",
-                    adapter=name,
-                    in_use=users,
-                )
+            require_unused(name, self._users(name))
             del self._entries[name]
 
     def pin(self, name: str, pinned: bool = True) -> None:
@@ -275,24 +267,11 @@ class AdapterPool:
         with self._lock:
             entry = self._entries.get(name)
             if entry is None:
-                loaded = ", ".join(sorted(self._entries)) or "none"
-                raise EngineError(
-                    f"There is no adapter {name!r} (loaded: {loaded}).", remedy="Load it first.", adapter=name
-                )
+                raise not_loaded(name, self._entries)
             return entry
 
     def _require_name(self, name: str, replace: bool) -> None:
-        if not isinstance(name, str) or not name or name == BASE_NAME:
-            raise EngineError(
-                f"An adapter cannot be called {name!r}" + (": that is the base's name." if name else "."),
-                remedy="Give it another name.",
-            )
-        if name in self._entries and not replace:
-            raise EngineError(
-                f"There is an adapter {name!r} already, from {str(self._entries[name].path)!r}.",
-                remedy="Give this one another name, or load it with replace=True.",
-                adapter=name,
-            )
+        require_name(name, {known: entry.path for known, entry in self._entries.items()}, replace)
 
     def _make_room(self, entry: _Entry, without: _Entry | None = None) -> None:
         """Move the least recently used from the device to the host, and on to the disk, until `entry` fits.

@@ -48,7 +48,7 @@ class GroupedCache:
     def filling(self) -> bool:
         return self._filling is not None
 
-    def begin_fill(self, row: int) -> None:
+    def begin_fill(self, row: int, most: int = 0) -> None:
         self._filling = row
 
     def begin_step(self, count: int, device: torch.device) -> None:

@@ -5,18 +5,16 @@
     for event in engine.generate([Request("On 3 May"), Request("On 3 May", adapter="dates")]):
         print(event.index, event.text)
 
-A graph that was exported for mixed batches answers all requests of a step in one run; any other in one run for each
-adapter among them.
+A graph that was exported for mixed batches answers all requests of a step in one run, any other in one run for each
+adapter among them, and ONNX Runtime GenAI in one run for each request.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,10 +26,11 @@ from dora_serve.engine.requests import Completion, Request
 from dora_serve.engine.running import Running
 from dora_serve.engine.sound import is_whole, require
 from dora_serve.errors import EngineError
-from dora_serve.onnx_engine.adapters import Feeding, Inputs, Switch, TableRows, Tables
-from dora_serve.onnx_engine.cache import GroupedCache
-from dora_serve.onnx_engine.graph import MODEL_FILE, Graph
+from dora_serve.onnx_engine.genai_runner import GenaiRunner, is_genai
+from dora_serve.onnx_engine.graph import MODEL_FILE
+from dora_serve.onnx_engine.ort_runner import OrtRunner
 from dora_serve.onnx_engine.pool import OnnxAdapter, OnnxPool
+from dora_serve.onnx_engine.runner import Runner
 from dora_serve.progress import OnProgress, Progress, ignore_progress
 
 _Rows = tuple[OnnxAdapter | None, ...]
@@ -44,27 +43,22 @@ def is_exported(folder: Path) -> bool:
 
 class OnnxEngine:
     """tokenizer: None for a folder without one, whose requests are token ids. max_rows: so many requests decode at a
-    time. provider: of ONNX Runtime, which runs the graph.
+    time. provider: what runs the graph.
     """
 
     device = torch.device("cpu")  # where logits are looked at; the graph runs where its provider is
 
-    def __init__(self, folder: Path, graph: Graph, tokenizer: Any = None, *, max_rows: int = 16) -> None:
+    def __init__(self, folder: Path, runner: Runner, tokenizer: Any = None, *, max_rows: int = 16) -> None:
         self.folder, self.tokenizer, self.max_rows = folder, tokenizer, max_rows
-        self._graph, self._lock = graph, threading.RLock()
-        self._tables = Tables(graph.table) if graph.table is not None and graph.table.mixed else None
-        required = graph.table is not None and graph.table.required
-        self._base: Feeding = Inputs(graph.table) if graph.table is not None and required else Switch()
+        self._runner = runner
         config = read_json(folder)
-        text = config.get("text_config")
-        self._prompts = PromptTokens(tokenizer, graph.vocabulary, context_of(text) or context_of(config))
+        context = runner.context or context_of(config.get("text_config")) or context_of(config)
+        self._prompts = PromptTokens(tokenizer, runner.vocabulary, context)
         self.end_tokens = end_tokens((read_json(folder, "generation_config.json"), config, tokenizer))
         self.running = Running()
-        self.pool = OnnxPool(graph.table, self._tables, self._lock, folder)
-        self.closeness = 1e-3 if self._is_steady() else 0.0
-        """Choices of a token that are closer than this, in logits, are made by a forward of that request alone: rows
-        beside it and padding change a row's numbers by some 1e-5 in float32. Where a graph computes in something
-        coarser, as with weights in blocks, they change by more than can be settled so, and it is 0."""
+        self.pool = OnnxPool(runner, folder)
+        self.closeness = runner.closeness
+        """Choices of a token that are closer than this, in logits, are made by a forward of that request alone."""
 
     @staticmethod
     def load(
@@ -75,24 +69,30 @@ class OnnxEngine:
         max_rows: int = 16,
         on_progress: OnProgress = ignore_progress,
     ) -> OnnxEngine:
-        """An engine on a folder that `dora-export merge ... --to onnx-adapters` (or `--to onnx`) made.
+        """An engine on a folder that `dora-export merge ... --to onnx-adapters` (or `--to onnx`) made; what was made
+        with `--runtime genai` runs in ONNX Runtime GenAI.
 
-        device: "cpu", "cuda" or "cuda:N"; None for the CPU. threads: of ONNX Runtime, None for its own choice.
-        Raises CheckpointError for what is no exported causal language model, UnavailableError for what is missing here.
+        device: "cpu", "cuda" or "cuda:N"; None for the CPU, or what a folder of GenAI was made for. threads: of ONNX
+        Runtime, None for its own choice. Raises CheckpointError for what is no exported causal language model,
+        UnavailableError for what is missing here.
         """
         place = Path(folder)
         on_progress(Progress("loading the graph", 0, None, ""))
-        graph = Graph(place / MODEL_FILE, device=device or "cpu", threads=threads)
-        return OnnxEngine(place, graph, load_tokenizer(place), max_rows=max_rows)
+        runner: Runner
+        if is_genai(place):
+            runner = GenaiRunner(place, device=device, threads=threads)
+        else:
+            runner = OrtRunner(place, device=device or "cpu", threads=threads)
+        return OnnxEngine(place, runner, load_tokenizer(place), max_rows=max_rows)
 
     @property
     def provider(self) -> str:
-        return self._graph.provider
+        return self._runner.provider
 
     @property
     def mixed(self) -> bool:
         """Whether one run serves several adapters."""
-        return self._tables is not None
+        return self._runner.mixed
 
     def generate(self, requests: Sequence[Request], *, max_rows: int | None = None) -> Generation:
         """Answer all requests, at most `max_rows` at a time; iterate over what this returns for the events.
@@ -122,54 +122,16 @@ class OnnxEngine:
     def token_text(self, token: int) -> str:
         return self._prompts.token_text(token)
 
-    def batch(self, adapters: _Rows) -> _Rows:
-        return adapters
+    def batch(self, adapters: _Rows) -> tuple[Any, ...]:
+        return tuple(None if adapter is None else adapter.ready for adapter in adapters)
 
-    def new_cache(self, rows: int) -> GroupedCache:
-        return GroupedCache(rows)
+    def new_cache(self, rows: int) -> Any:
+        return self._runner.new_cache(rows)
 
-    def forward(self, batch: _Rows, tokens: Tensor, cache: GroupedCache) -> Tensor:
+    def forward(self, batch: tuple[Any, ...], tokens: Tensor, cache: Any) -> Tensor:
         """Logits (rows, vocabulary) of the last of tokens (rows, tokens)."""
-        ids = tokens.numpy()
-        if cache.filling:
-            mask = np.ones_like(ids)
-            logits, past = self._run(ids, mask, self._graph.empty_cache(1), batch)
-            # In a graph for mixed batches all rows may run together, in another those of one adapter.
-            cache.filled(None if self.mixed else batch[0], past, ids.shape[1])
-            return torch.from_numpy(logits[:, -1])
-        found: list[Tensor] = [torch.empty(0)] * cache.count
-        for group in cache.groups():
-            places = [cache.place_of(member) for member in group.members]
-            group.mask = np.pad(group.mask, ((0, 0), (0, 1)), constant_values=1)
-            rows = tuple(batch[place] for place in places)
-            logits, group.past = self._run(ids[places], group.mask, group.past, rows)
-            for place, row in zip(places, logits, strict=True):
-                found[place] = torch.from_numpy(row[-1])
-        return torch.stack(found)
+        return self._runner.forward(batch, tokens, cache)
 
     def logits_alone(self, adapter: OnnxAdapter | None, tokens: Sequence[int]) -> Tensor:
         """The logits (vocabulary,) after a text, in float32, from a run that has nothing else in it."""
-        ids = np.array([tokens], dtype=np.int64)
-        logits, _ = self._run(ids, np.ones_like(ids), self._graph.empty_cache(1), (adapter,))
-        return torch.from_numpy(logits[0, -1]).float()
-
-    def _run(self, ids: Any, mask: Any, past: Any, rows: _Rows) -> Any:
-        with self._lock:
-            return self._graph.run(ids, mask, past, self._feeding(rows))
-
-    def _feeding(self, rows: _Rows) -> Feeding:
-        if self._tables is not None:
-            return TableRows(self._tables, [0 if adapter is None else adapter.slot for adapter in rows])
-        return self._base if rows[0] is None or rows[0].switch is None else rows[0].switch
-
-    def _is_steady(self) -> bool:
-        """Whether a step on a cache, beside another row, gives the numbers of a run of the whole, but for float32's."""
-        tokens = [token % self._graph.vocabulary for token in (5, 3, 7, 11, 2, 13)]
-        alone = self.logits_alone(None, tokens)
-        cache = self.new_cache(2)
-        for row, prompt in enumerate((tokens[:-1], tokens[:2])):
-            cache.begin_fill(row)
-            self.forward((None,), torch.tensor([prompt]), cache)
-        cache.begin_step(2, self.device)
-        beside = self.forward((None, None), torch.tensor([tokens[-1:], tokens[2:3]]), cache)[0].float()
-        return float((beside - alone).abs().max()) <= 1e-4 * max(1.0, float(alone.abs().max()) / 10)
+        return self._runner.logits_alone(None if adapter is None else adapter.ready, tokens)

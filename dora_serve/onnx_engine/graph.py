@@ -49,7 +49,7 @@ class Graph:
                 remedy=_REMEDY,
                 path=str(path),
             )
-        self.table = self._slots(path)
+        self.table = slot_table(self._session.get_modelmeta().custom_metadata_map.get(METADATA_KEY), path)
         self.vocabulary = int(self._session.get_outputs()[self._outputs.index("logits")].shape[-1])
 
     def empty_cache(self, rows: int) -> dict[str, Array]:
@@ -79,14 +79,16 @@ class Graph:
         named = dict(zip(self._outputs, values, strict=True))
         return named["logits"], {name: named[f"{_PRESENT}{name.removeprefix(_PAST)}"] for name in self._past}
 
-    def _slots(self, path: Path) -> SlotTable | None:
-        said = self._session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
-        try:
-            return SlotTable.from_json(said) if said is not None else None
-        except ValueError as error:
-            raise CheckpointError(
-                f"{str(path)!r} cannot be served: {error}.", remedy="Export it again.", path=str(path)
-            ) from error
+
+def slot_table(said: str | None, path: Path) -> SlotTable | None:
+    """What the metadata of a graph says of its slots, None where it has none. Raises CheckpointError where that is not
+    understood."""
+    try:
+        return SlotTable.from_json(said) if said is not None else None
+    except ValueError as error:
+        raise CheckpointError(
+            f"{str(path)!r} cannot be served: {error}.", remedy="Export it again.", path=str(path)
+        ) from error
 
 
 def _open(path: Path, device: str, threads: int | None) -> Any:

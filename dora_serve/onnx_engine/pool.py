@@ -10,35 +10,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dora_serve.engine.pool import BASE_NAME, AdapterInfo, LoadReport
+from dora_serve.engine.adapter_names import not_loaded, require_name, require_unused
+from dora_serve.engine.pool import AdapterInfo, LoadReport
 from dora_serve.engine.sound import require
-from dora_serve.errors import AdapterError, EngineError, UnavailableError
-from dora_serve.onnx_engine.adapters import AdapterFile, Feeding, Inputs, Switch, Tables, read_adapter_file
+from dora_serve.errors import AdapterError, UnavailableError
+from dora_serve.onnx_engine.adapters import AdapterFile, read_adapter_file
+from dora_serve.onnx_engine.runner import Runner
 from dora_serve.onnx_engine.slots import SlotTable
-
-_MADE_BY = "dora-export onnx-adapter ADAPTER --for EXPORTED_BASE"
 
 
 @dataclass(eq=False)
 class OnnxAdapter:
-    """A loaded adapter. switch: of a graph for one adapter a run; slot: its place in the tables of one for mixed
-    batches. changes_output: whether anything in the file does. users: requests that hold it.
-    """
+    """A loaded adapter. ready: what its runner gave for it. users: requests that hold it."""
 
     name: str
     file: AdapterFile
-    switch: Feeding | None
-    slot: int
+    ready: Any
     report: LoadReport
     users: int = 0
-    is_replaced: bool = False
 
 
 class OnnxPool:
-    """tables: those of a graph for mixed batches, else None. lock: held while a run reads them. folder: the graph's."""
+    """folder: the graph's."""
 
-    def __init__(self, table: SlotTable | None, tables: Tables | None, lock: Any, folder: Path) -> None:
-        self._table, self._tables, self._running, self._folder = table, tables, lock, folder
+    def __init__(self, runner: Runner, folder: Path) -> None:
+        self._runner, self._folder = runner, folder
         self._entries: dict[str, OnnxAdapter] = {}
         self._replaced: list[OnnxAdapter] = []
         self._lock = threading.RLock()
@@ -52,7 +48,6 @@ class OnnxPool:
         table = self._require(name, replace)
         began = time.perf_counter()
         file = read_adapter_file(self._file(path), table)
-        switch: Feeding | None = None if table.mixed else Inputs(table, file) if table.required else Switch(file)
         with self._lock:
             self._require(name, replace)
             old = self._entries.get(name)
@@ -66,10 +61,8 @@ class OnnxPool:
                 changes_output=file.changes_anything,
                 replaced=old is not None,
             )
-            entry = OnnxAdapter(name, file, switch, self._put(file), report)
-            self._entries[name] = entry
+            self._entries[name] = OnnxAdapter(name, file, self._runner.put(file), report)
             if old is not None:
-                old.is_replaced = True
                 self._replaced.append(old)
                 self._forget_unused()
         return report
@@ -78,17 +71,9 @@ class OnnxPool:
         """Forget an adapter. Raises EngineError where there is none of that name or requests are using it."""
         with self._lock:
             entry = self._entry(name)
-            users = self._users(name)
-            if users:
-                count = "1 request is" if users == 1 else f"{users} requests are"
-                raise EngineError(
-                    f"The adapter {name!r} is not unloaded: {count} using it.",
-                    remedy="Wait until they end, or cancel them. An adapter can be replaced while it is in use.",
-                    adapter=name,
-                    in_use=users,
-                )
+            require_unused(name, self._users(name))
             del self._entries[name]
-            self._take_out(entry)
+            self._runner.take_out(entry.ready)
 
     def list(self) -> tuple[AdapterInfo, ...]:
         """All adapters, by name."""
@@ -113,18 +98,7 @@ class OnnxPool:
     def _forget_unused(self) -> None:
         for entry in [one for one in self._replaced if not one.users]:
             self._replaced.remove(entry)
-            self._take_out(entry)
-
-    def _put(self, file: AdapterFile) -> int:
-        if self._tables is None:
-            return 0
-        with self._running:
-            return self._tables.fill(file)
-
-    def _take_out(self, entry: OnnxAdapter) -> None:
-        if self._tables is not None:
-            with self._running:
-                self._tables.replace(entry.slot, None)
+            self._runner.take_out(entry.ready)
 
     def _file(self, path: Path | str) -> Path:
         require("path", path, isinstance(path, (str, Path)), "an .onnx_adapter file")
@@ -140,30 +114,18 @@ class OnnxPool:
     def _entry(self, name: str) -> OnnxAdapter:
         entry = self._entries.get(name)
         if entry is None:
-            loaded = ", ".join(sorted(self._entries)) or "none"
-            raise EngineError(
-                f"There is no adapter {name!r} (loaded: {loaded}).", remedy="Load it first.", adapter=name
-            )
+            raise not_loaded(name, self._entries)
         return entry
 
     def _require(self, name: str, replace: bool) -> SlotTable:
-        if self._table is None:
+        table = self._runner.table
+        if table is None:
             raise UnavailableError(
                 f"The graph in {str(self._folder)!r} has no adapter slots, so that nothing can be swapped on it.",
                 remedy="Export the base with: dora-export merge ADAPTER --to onnx-adapters -o FOLDER",
             )
-        if not isinstance(name, str) or not name or name == BASE_NAME:
-            raise EngineError(
-                f"An adapter cannot be called {name!r}" + (": that is the base's name." if name else "."),
-                remedy="Give it another name.",
-            )
-        if name in self._entries and not replace:
-            raise EngineError(
-                f"There is an adapter {name!r} already, from {str(self._entries[name].file.path)!r}.",
-                remedy="Give this one another name, or load it with replace=True.",
-                adapter=name,
-            )
-        return self._table
+        require_name(name, {known: entry.file.path for known, entry in self._entries.items()}, replace)
+        return table
 
     def _users(self, name: str) -> int:
         return sum(one.users for one in (*self._entries.values(), *self._replaced) if one.name == name)

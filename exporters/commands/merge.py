@@ -79,7 +79,7 @@ def run(options: argparse.Namespace) -> int:
     from dora_serve.quantized.base import BaseChoice
     from exporters.hub import push as publish
     from exporters.hub import require_writable
-    from exporters.pipeline import ExportRequest, plan_export, run_export
+    from exporters.pipeline import ExportRequest, plan_only, run_export
     from exporters.push_report import push_text
     from exporters.registry import ExportOptions
     from exporters.report import export_text, plan_text
@@ -106,9 +106,9 @@ def run(options: argparse.Namespace) -> int:
     with ExitStack() as stack:
         progress = show_progress(stack)
         if options.dry_run:
-            _, plan = plan_export(request, progress)
+            foreseen = plan_only(request, progress)
             progress.clear()
-            print(json.dumps(plan.summary(), indent=2) if options.json else plan_text(plan))
+            print(json.dumps(foreseen.to_json(), indent=2) if options.json else plan_text(foreseen))
             return 0
         out = _out(options)
         publication = push.request_of(options, out, options.push) if options.push and out else None

@@ -1,4 +1,4 @@
-"""The options of `merge --to onnx` (and, but for the runtime, of `--to onnx-adapters`)."""
+"""The options of `merge --to onnx` and `--to onnx-adapters`."""
 
 from __future__ import annotations
 
@@ -56,8 +56,6 @@ def misused(options: argparse.Namespace) -> str | None:
     given = [flag for name, flag in _FLAGS.items() if getattr(options, name) is not None]
     if given and options.to not in ("onnx", "onnx-adapters"):
         return f"{given[0]} says how to export with --to onnx"
-    if options.to == "onnx-adapters" and options.runtime == "genai":
-        return "--runtime genai is for --to onnx: a graph with slots is made by --to onnx-adapters for either runtime"
     if options.genai_python is not None and options.runtime != "genai":
         return "--genai-python is for --runtime genai"
     if options.runtime == "genai" and options.opset is not None:

@@ -35,6 +35,9 @@ def misused(options: argparse.Namespace) -> str | None:
     given = [name for name in _FLAGS if getattr(options, name)]
     if given and options.to != "onnx-adapters":
         return f"--{given[0].replace('_', '-')} says how to export with --to onnx-adapters"
+    if options.runtime == "genai" and (options.mixed_batches or options.slot_inputs):
+        flag = "--mixed-batches" if options.mixed_batches else "--slot-inputs"
+        return f"{flag} is not for --runtime genai, which swaps one adapter for a whole run by its own means"
     return None
 
 

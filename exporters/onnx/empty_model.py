@@ -38,17 +38,23 @@ def is_fake(tensor: object) -> bool:
 
 
 def empty_model(
-    folder: Path, dtype: torch.dtype, weights: StoredWeights, mode: FakeTensorMode, attention: str | None = None
+    folder: Path,
+    dtype: torch.dtype,
+    weights: StoredWeights,
+    mode: FakeTensorMode,
+    attention: str | None = None,
+    *,
+    architecture: str | None = None,
 ) -> PreTrainedModel:
     """The model of a transformers folder in `dtype`, for inference; its experts multiply by batches.
 
-    attention: transformers' `attn_implementation`, None for its default.
+    attention: transformers' `attn_implementation`, None for its default. architecture: the class, where it is known.
 
     Raises CheckpointError where the checkpoint lacks a parameter, or has another shape for it.
     """
     import transformers
 
-    architecture = architecture_of(folder)
+    architecture = architecture or architecture_of(folder)
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     # One matrix product over all experts traces to standard operators; the other implementations do not.
     config._experts_implementation = "batched_mm"

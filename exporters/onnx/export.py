@@ -11,10 +11,10 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from dora_serve.checkpoint import read_json
 from dora_serve.errors import UnavailableError
@@ -29,6 +29,10 @@ from exporters.onnx.stored import StoredWeights, stored_weights
 
 if TYPE_CHECKING:
     import onnx_ir
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from exporters.onnx.traceable import Traceable
 
 # Keys of config.json that shape no graph.
 _SHAPELESS = frozenset({"_name_or_path", "transformers_version", "dtype", "torch_dtype"})
@@ -109,6 +113,8 @@ def export_onnx(
     Raises UnavailableError for what this machine lacks or this exporter does not do, CheckpointError for a folder that
     does not hold the whole model, OutputError where the files cannot be written.
     """
+    import torch
+
     tell = on_progress or (lambda message: None)
     options = options or OnnxOptions()
     require("onnx", "onnxscript", "transformers", *(("onnxruntime",) if options.quantize else ()))
@@ -116,19 +122,47 @@ def export_onnx(
     architecture = architecture_of(model_folder)
     with quiet():
         weights = stored_weights(model_folder, architecture)
-        key = graph_cache.digest_of(_facts(model_folder, architecture, weights, options))
-        kept = graph_cache.fetch(options.cache, key) if options.cache else None
-        if kept is None:
-            tell(f"tracing {architecture}")
-            skeleton = _trace(model_folder, architecture, weights, options)
-            if options.cache:
-                graph_cache.keep(options.cache, key, skeleton.to_bytes())
-        else:
-            tell(f"taking the graph of {architecture} from the cache")
-            skeleton = Skeleton.from_bytes(kept)
-        weights.require_whole(skeleton.shapes, architecture)
-        tell("writing the weights")
-        size = write_folder(skeleton, weights, out_folder, metadata or {})
+
+        def build(mode: FakeTensorMode, attention: str | None) -> Built:
+            from exporters.onnx.empty_model import empty_model
+
+            model = empty_model(model_folder, getattr(torch, options.dtype), weights, mode, attention)
+            return model, partial(traceables, model)
+
+        key = trace_key(model_folder, architecture, weights, options)
+        return write_graphs(architecture, weights, key, build, out_folder, options, metadata or {}, tell)
+
+
+Built: TypeAlias = "tuple[torch.nn.Module, Callable[[], Mapping[str, Traceable]]]"
+"""A model without memory, and what makes its graphs; to be called where tensors have no values."""
+
+
+def write_graphs(
+    architecture: str,
+    weights: StoredWeights,
+    key: str,
+    build: Callable[[FakeTensorMode, str | None], Built],
+    out_folder: Path,
+    options: OnnxOptions,
+    metadata: Mapping[str, str],
+    tell: Callable[[str], None],
+) -> OnnxExport:
+    """Trace what `build` makes for a kind of attention, or take its graphs from the cache; write them and the weights.
+
+    Raises as `export_onnx` does.
+    """
+    kept = graph_cache.fetch(options.cache, key) if options.cache else None
+    if kept is None:
+        tell(f"tracing {architecture}")
+        skeleton = _trace(architecture, build, options)
+        if options.cache:
+            graph_cache.keep(options.cache, key, skeleton.to_bytes())
+    else:
+        tell(f"taking the graph of {architecture} from the cache")
+        skeleton = Skeleton.from_bytes(kept)
+    weights.require_whole(skeleton.shapes, architecture)
+    tell("writing the weights")
+    size = write_folder(skeleton, weights, out_folder, metadata)
     return OnnxExport(
         folder=out_folder,
         graphs=skeleton.facts,
@@ -141,25 +175,28 @@ def export_onnx(
     )
 
 
-def _trace(model_folder: Path, architecture: str, weights: StoredWeights, options: OnnxOptions) -> Skeleton:
+def _trace(architecture: str, build: Callable[[FakeTensorMode, str | None], Built], options: OnnxOptions) -> Skeleton:
     """By the attention that becomes one operator; where that cannot be translated, by the one written out."""
     try:
-        return _trace_with(None, model_folder, architecture, weights, options)
+        return _trace_with(None, architecture, build, options)
     except UnavailableError as error:
         if not error.facts.get("untraceable"):
             raise
         try:
-            return _trace_with("eager", model_folder, architecture, weights, options)
+            return _trace_with("eager", architecture, build, options)
         except (UnavailableError, ValueError):
             raise error from None
 
 
 def _trace_with(
-    attention: str | None, model_folder: Path, architecture: str, weights: StoredWeights, options: OnnxOptions
+    attention: str | None,
+    architecture: str,
+    build: Callable[[FakeTensorMode, str | None], Built],
+    options: OnnxOptions,
 ) -> Skeleton:
     import torch
 
-    from exporters.onnx.empty_model import empty_model, fake_mode
+    from exporters.onnx.empty_model import fake_mode
     from exporters.onnx.quantizing import quantize_graph
     from exporters.onnx.tracing import trace
 
@@ -167,11 +204,11 @@ def _trace_with(
     notes: list[str] = []
     models: dict[str, onnx_ir.Model] = {}
     with torch.no_grad():
-        model = empty_model(model_folder, getattr(torch, options.dtype), weights, mode, attention)
+        model, make_graphs = build(mode, attention)
         named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
         shapes = {name: tuple(tensor.shape) for name, tensor in named}
         with mode:
-            graphs = traceables(model)
+            graphs = make_graphs()
         for file, graph in graphs.items():
             traced = trace(graph, options.opset, architecture)
             strip_metadata(traced)
@@ -181,21 +218,23 @@ def _trace_with(
     return make_skeleton(models, shapes, tuple(dict.fromkeys(notes)))
 
 
-def _facts(model_folder: Path, architecture: str, weights: StoredWeights, options: OnnxOptions) -> dict[str, object]:
-    """Everything that shapes the graph: the configuration, which parameters there are and which are one, what was
-    asked for, and whose code traces."""
+def trace_key(model_folder: Path, architecture: str, weights: StoredWeights, options: OnnxOptions) -> str:
+    """The name of the traced graphs in the cache, made of everything that shapes them: the configuration, which
+    parameters there are and which are one, what was asked for, and whose code traces."""
     config = {key: value for key, value in read_json(model_folder).items() if key not in _SHAPELESS}
-    return {
-        "architecture": architecture,
-        "config": config,
-        "parameters": sorted(weights.origins),
-        "tied": dict(sorted(weights.tied.items())),
-        "opset": options.opset,
-        "dtype": options.dtype,
-        "quantize": options.quantize,
-        "versions": {name: version(name) for name in _TRACERS},
-        "exporter": _own_digest(),
-    }
+    return graph_cache.digest_of(
+        {
+            "architecture": architecture,
+            "config": config,
+            "parameters": sorted(weights.origins),
+            "tied": dict(sorted(weights.tied.items())),
+            "opset": options.opset,
+            "dtype": options.dtype,
+            "quantize": options.quantize,
+            "versions": {name: version(name) for name in _TRACERS},
+            "exporter": _own_digest(),
+        }
+    )
 
 
 @cache

@@ -90,11 +90,14 @@ def export_genai(
     options: OnnxOptions,
     architecture: str,
     on_progress: Callable[[str], None] = lambda message: None,
+    *,
+    fused: bool = True,
 ) -> OnnxExport:
     """Write the builder's folder: model.onnx and its data, genai_config.json, the tokenizer.
 
     The graph derives positions from how many ones the attention mask has, so a batch must be padded on the RIGHT; the
-    runtime's own generator pads so. Raises UnavailableError as `require_genai` does, OutputError where the builder
+    runtime's own generator pads so. fused: whether one product makes queries, keys and values, which leaves no place
+    for an adapter of one of them. Raises UnavailableError as `require_genai` does, OutputError where the builder
     fails, with its own words.
     """
     environment = require_genai(options, architecture)
@@ -103,6 +106,7 @@ def export_genai(
     with tempfile.TemporaryDirectory(prefix="dora-export-genai-") as scratch:
         command = ["-m", "onnxruntime_genai.models.builder", "-i", str(model_folder), "-o", str(out_folder)]
         command += ["-p", precision, "-e", options.provider, "-c", scratch, "--extra_options", "hf_token=false"]
+        command += [] if fused else ["fuse_qkv=false"]
         done = subprocess.run(
             [environment.python, *command],
             capture_output=True,
@@ -137,13 +141,22 @@ def export_genai(
     )
 
 
-def generate(folder: Path, prompts: Sequence[Sequence[int]], count: int, python: str | None) -> list[list[int]]:
+def generate(
+    folder: Path, prompts: Sequence[Sequence[int]], count: int, python: str | None, adapter: Path | None = None
+) -> list[list[int]]:
     """Greedy tokens that onnxruntime-genai itself continues each prompt with, an end token being like any other.
 
-    Raises UnavailableError where it cannot run the folder.
+    adapter: a file that it swaps in. Raises UnavailableError where it cannot run the folder.
     """
     environment = genai_environment(python)
-    asked = json.dumps({"folder": str(folder), "prompts": [list(prompt) for prompt in prompts], "count": count})
+    asked = json.dumps(
+        {
+            "folder": str(folder),
+            "prompts": [list(prompt) for prompt in prompts],
+            "count": count,
+            "adapter": None if adapter is None else str(adapter),
+        }
+    )
     done = _run(environment.python, ["generate"], asked)
     if done.returncode != 0:
         raise UnavailableError(

@@ -38,16 +38,21 @@ def _is_installed(distribution: str) -> bool:
     return True
 
 
-def generate(folder: str, prompts: list[list[int]], count: int) -> list[list[int]]:
+def generate(folder: str, prompts: list[list[int]], count: int, adapter: str | None = None) -> list[list[int]]:
     import numpy as np
     import onnxruntime_genai as og
 
     model = og.Model(folder)
+    adapters = og.Adapters(model)
+    if adapter is not None:
+        adapters.load(adapter, "adapter")
     answers = []
     for prompt in prompts:
         params = og.GeneratorParams(model)
         params.set_search_options(max_length=len(prompt) + count, do_sample=False)
         generator = og.Generator(model, params)
+        if adapter is not None:
+            generator.set_active_adapter(adapters, "adapter")
         generator.append_tokens(np.array([prompt], dtype=np.int32))
         tokens: list[int] = []
         while len(tokens) < count:

@@ -51,6 +51,11 @@ def fetch(folder: Path, key: str) -> bytes | None:
     return payload
 
 
+def holds(folder: Path, key: str) -> bool:
+    """Whether there is an entry; only reading it shows whether it is whole."""
+    return (folder / (key + _SUFFIX)).is_file()
+
+
 def keep(folder: Path, key: str, payload: bytes, *, max_bytes: int = MAX_BYTES) -> None:
     """Write an entry. A cache that cannot be written costs time, and is no error."""
     with contextlib.suppress(OSError):

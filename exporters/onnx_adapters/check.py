@@ -15,13 +15,16 @@ from dora_serve.adapter import Adapter
 from dora_serve.module_names import is_conv1d
 from dora_serve.onnx_engine import adapters
 from dora_serve.onnx_engine.adapters import AdapterFile, Feeding, OneSlot, Switch, read_adapter_file
+from dora_serve.onnx_engine.genai_runner import is_genai
 from dora_serve.onnx_engine.slots import SlotTable
 from dora_serve.reference import attach_adapter
 from exporters.onnx.architectures import architecture_of, kind_of, output_names
 from exporters.onnx.check.answers import Expected, Got, Inputs
 from exporters.onnx.check.comparing import count_greedy
 from exporters.onnx.check.distances import kl_divergence, max_abs_difference, top1_agreement
-from exporters.onnx.check.onnx_side import run_onnx, whole_answers
+from exporters.onnx.check.genai_runner import GenaiRunner
+from exporters.onnx.check.memory import why_not_run
+from exporters.onnx.check.onnx_side import Runner, run_onnx, whole_answers
 from exporters.onnx.check.torch_side import round_at_random, torch_answer, torch_greedy
 from exporters.onnx.check.weights import compare_weights
 from exporters.onnx.loading import load_model, quiet, require
@@ -56,28 +59,30 @@ class SwapCheck:
     one that changes nothing. without_magnitude_max_abs: the distance when the file's norm_scale is left out, which has
     to be seen; None for LoRA. greedy_equal of greedy_total prompts go on with the same tokens.
     reference: what torch ran: "base", or "dequantized" where the graph's weights are codes. lost_kl: what the graph
-    without an adapter lost against torch's float32 of the model itself, quantizing included.
+    without an adapter lost against torch's float32 of the model itself, quantizing included. not_run: why nothing was
+    run, and every number is None then.
     """
 
     prompts: int
     reference: str
-    provider: str
-    base_max_abs: float
-    base_kl: float | None
-    lost_kl: float | None
-    max_abs: float
-    kl: float | None
-    kl_limit: float | None
-    top1: float | None
-    decode_max_abs: float | None
-    padded_max_abs: float
-    tolerance: float
-    effect_max_abs: float
-    without_magnitude_max_abs: float | None
-    greedy_equal: int
-    greedy_total: int
     passed: bool
-    failures: tuple[str, ...]
+    failures: tuple[str, ...] = ()
+    not_run: tuple[str, ...] = ()
+    provider: str = "none"
+    base_max_abs: float | None = None
+    base_kl: float | None = None
+    lost_kl: float | None = None
+    max_abs: float | None = None
+    kl: float | None = None
+    kl_limit: float | None = None
+    top1: float | None = None
+    decode_max_abs: float | None = None
+    padded_max_abs: float | None = None
+    tolerance: float | None = None
+    effect_max_abs: float | None = None
+    without_magnitude_max_abs: float | None = None
+    greedy_equal: int = 0
+    greedy_total: int = 0
 
 
 def check_swap(
@@ -89,6 +94,7 @@ def check_swap(
     *,
     device: str = "cpu",
     max_kl: float | None = None,
+    genai_python: str | None = None,
     greedy_tokens: int = 16,
     on_progress: Callable[[str], None] | None = None,
 ) -> SwapCheck:
@@ -97,7 +103,7 @@ def check_swap(
     Torch runs in float32 with eager attention, the adapter by `dora_serve.reference`, which shares no code with what
     made the file. Where the graph's weights are codes, torch is given the numbers that these stand for: what
     quantizing cost is not the adapter's fault, and its norms are taken over those numbers. max_kl: what the graph may
-    have lost at most (`lost_kl`).
+    have lost at most (`lost_kl`). genai_python: as for `check_onnx`.
 
     samples: of one row each, as `torch_answer` takes them. Raises ValueError without any, and what `load_model` and
     `read_adapter_file` raise.
@@ -112,13 +118,19 @@ def check_swap(
     file, architecture = read_adapter_file(adapter_file, base.table), architecture_of(model_folder)
     packed = [linear for linear in base.linears.values() if linear.storage == "packed"]
     with quiet(), torch.no_grad():
+        genai = is_genai(base.path.parent)
+        reference = "dequantized" if packed else "base"
+        if too_large := why_not_run(model_folder, base.path.parent):
+            if not packed and not genai:
+                compare_weights([base.path], model_folder, lambda name: None, failures)
+            return SwapCheck(len(samples), reference, not failures, tuple(failures), (too_large,))
         tell("running torch, the adapter unmerged")
         model: Any = load_model(model_folder, attention="eager", experts="eager")
         torch.nn.Module.to(model, device)
         whole = [torch_answer(model, sample) for sample in samples]
         if packed:
             _serve_the_same(model, packed)
-        else:
+        elif not genai:  # whose weights have names and forms of their own, and are judged by what they compute
             compare_weights([base.path], model_folder, model.state_dict().get, failures)
         plain = [torch_answer(model, sample) for sample in samples]
         with attach_adapter(model, adapter):
@@ -131,11 +143,17 @@ def check_swap(
         tell("running ONNX Runtime, with the adapter and without")
 
         where = (base.path.parent, device, architecture, samples)
-        without = whole_answers(*where, failures, _on(base.table, None))
-        swapped = run_onnx(*where, greedy_tokens, failures, feeding=_on(base.table, file))
+
+        def runner(feeding: Feeding, swapped_in: Path | None = None) -> Callable[[], Runner] | None:
+            return (lambda: GenaiRunner(*where, genai_python, feeding, swapped_in)) if genai else None
+
+        bare, served = _on(base.table, None), _on(base.table, file)
+        without = whole_answers(*where, failures, bare, runner(bare))
+        swapped = run_onnx(*where, greedy_tokens, failures, served, runner(served, adapter_file))
         spoiled = None
         if file.is_dora:
-            spoiled = whole_answers(*where, failures, _on(base.table, _without_magnitude(file), as_inputs=True))
+            lost = _on(base.table, _without_magnitude(file), as_inputs=True)
+            spoiled = whole_answers(*where, failures, lost, runner(lost))
     exact = not packed and base.table.dtype == "float32"
     tolerance = _tolerance(wanted, moved)
     if not exact:
@@ -145,11 +163,13 @@ def check_swap(
     expected = Expected(
         wanted, greedy, tolerance, FLOAT32_KL, None, "last_hidden_state" not in output_names(architecture)
     )
-    lost = _kl(without, whole, expected.distributions)
-    if max_kl is not None and lost is not None and lost > max_kl:
-        failures.append(f"The graph's KL divergence from torch in float32 is {lost:.3g}, and --max-kl is {max_kl:g}.")
+    lost_kl = _kl(without, whole, expected.distributions)
+    if max_kl is not None and lost_kl is not None and lost_kl > max_kl:
+        failures.append(
+            f"The graph's KL divergence from torch in float32 is {lost_kl:.3g}, and --max-kl is {max_kl:g}."
+        )
     found = _judge(expected, plain, without, swapped, spoiled, exact=exact, failures=failures)
-    return replace(found, lost_kl=lost)
+    return replace(found, lost_kl=lost_kl)
 
 
 def _tolerance(wanted: Sequence[torch.Tensor], moved: Sequence[torch.Tensor]) -> float:
@@ -226,7 +246,6 @@ def _judge(
         provider=swapped.provider,
         base_max_abs=base_max_abs,
         base_kl=base_kl,
-        lost_kl=None,
         max_abs=max_abs,
         kl=kl,
         kl_limit=kl_limit,

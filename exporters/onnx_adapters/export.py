@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from dora_serve.progress import OnProgress, Progress, ignore_progress
 from exporters.manifest import read_record
 from exporters.onnx.architectures import architecture_of, kind_of
 from exporters.onnx.export import OnnxExport, export_onnx
+from exporters.onnx.genai import copy_missing, export_genai
 from exporters.onnx.options import OnnxOptions
 from exporters.onnx_adapters.adapter_file import SlottedBase, WrittenAdapter, open_slotted, write_adapter
 from exporters.onnx_adapters.fitting import adapted_layers, unservable
@@ -92,11 +92,13 @@ def export_slotted(
     def say(stage: str) -> None:
         on_progress(Progress(stage, 0, None, ""))
 
-    require_one_graph(architecture_of(base_folder))
-    exported = export_onnx(base_folder, out, onnx, metadata=metadata, on_progress=say)
-    for relative in side_files(base_folder):
-        (out / relative).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(base_folder / relative, out / relative)
+    architecture = architecture_of(base_folder)
+    require_one_graph(architecture)
+    if onnx is not None and onnx.runtime == "genai":
+        exported = export_genai(base_folder, out, onnx, architecture, say, fused=False)
+    else:
+        exported = export_onnx(base_folder, out, onnx, metadata=metadata, on_progress=say)
+    copy_missing(base_folder, out, side_files(base_folder))
     say("putting slots into the graph")
     put_slots(exported.path, adapter, options)
     base = open_slotted(out)

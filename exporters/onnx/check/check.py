@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dora_serve.errors import CheckpointError, no_such_path
+from dora_serve.onnx_engine.genai_runner import is_genai
 from exporters.onnx.architectures import architecture_of
 from exporters.onnx.check.answers import Got, Inputs, Weights
 from exporters.onnx.check.comparing import compare
@@ -17,7 +18,7 @@ from exporters.onnx.check.onnx_side import Runner, run_onnx
 from exporters.onnx.check.report import OnnxCheck
 from exporters.onnx.check.structure import check_structure
 from exporters.onnx.check.torch_side import half_limits, run_torch
-from exporters.onnx.check.weights import compare_weights, storage_dtype
+from exporters.onnx.check.weights import compare_weights, numbers_of, storage_dtype
 from exporters.onnx.loading import load_model, quiet, require
 
 if TYPE_CHECKING:
@@ -79,8 +80,8 @@ def check_onnx(
     failures: list[str] = []
     with quiet(), torch.no_grad():
         tell("checking the graphs")
-        dtype, quantize = _numbers(graphs)
-        genai = (folder / "genai_config.json").is_file()
+        dtype, quantize = numbers_of(graphs)
+        genai = is_genai(folder)
         if not genai:  # its graphs use operators of ONNX Runtime's that ONNX's checker takes for its own
             check_structure(graphs, failures)
         too_large = why_not_run(model_folder, folder)
@@ -122,27 +123,6 @@ def check_onnx(
     )
 
 
-def _numbers(graphs: Sequence[Path]) -> tuple[str, str | None]:
-    """The dtype that most of the graphs' floating weights have, and how weights are quantized, as the nodes say."""
-    import onnx_ir
-    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
-
-    names = {"FLOAT": "float32", "FLOAT16": "float16", "BFLOAT16": "bfloat16"}
-    sizes: dict[str, int] = {}
-    bits: set[int] = set()
-    for path in graphs:
-        try:
-            graph = onnx_ir.load(path).graph
-        except DecodeError:
-            continue  # the structure's check says so
-        for value in graph.initializers.values():
-            kind = names.get(value.const_value.dtype.name) if value.const_value is not None else None
-            if kind is not None and value.const_value is not None:
-                sizes[kind] = sizes.get(kind, 0) + int(value.const_value.size)
-        bits |= {int(node.attributes["bits"].as_int()) for node in graph if node.op_type == "MatMulNBits"}
-    return max(sizes, key=lambda kind: sizes[kind], default="float32"), f"int{min(bits)}" if bits else None
-
-
 def _no_provider(dtype: str, device: str) -> str | None:
     """Why graphs of that dtype are not run on that device."""
     import onnxruntime
@@ -154,29 +134,4 @@ def _no_provider(dtype: str, device: str) -> str | None:
 
 
 def _not_run(dtype: str, weights: Weights, reason: str, prompts: int, failures: list[str]) -> OnnxCheck:
-    return OnnxCheck(
-        prompts=prompts,
-        dtype=dtype,
-        max_abs=None,
-        mean_abs=None,
-        kl=None,
-        top1=None,
-        decode_max_abs=None,
-        padded_max_abs=None,
-        perplexity=None,
-        torch_perplexity=None,
-        greedy_equal=0,
-        greedy_total=0,
-        greedy_tokens=0,
-        tokens_per_second=None,
-        torch_tokens_per_second=None,
-        initializers=weights.total,
-        initializers_equal=weights.equal,
-        reference_max_abs=None,
-        reference_limit=None,
-        provider="none",
-        tolerance=None,
-        kl_limit=None,
-        not_run=(reason,),
-        failures=tuple(failures),
-    )
+    return OnnxCheck(prompts, dtype, weights.total, weights.equal, not_run=(reason,), failures=tuple(failures))

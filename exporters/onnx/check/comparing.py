@@ -88,7 +88,6 @@ def compare(
         provider=got.provider,
         tolerance=None if quantize else expected.tolerance,
         kl_limit=kl_limit if kl is not None else None,
-        not_run=(),
         failures=tuple(failures),
     )
 

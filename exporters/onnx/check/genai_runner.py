@@ -9,8 +9,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from dora_serve.onnx_engine.adapters import Feeding
 from exporters.onnx.check.answers import Inputs, token_ids
 from exporters.onnx.check.decoder_runner import DecoderRunner
+from exporters.onnx.check.session import NOTHING
 from exporters.onnx.genai import generate
 
 _PADDING = 3
@@ -20,10 +22,18 @@ class GenaiRunner(DecoderRunner):
     """A batch is padded on the right: the graph counts positions by the ones of the attention mask."""
 
     def __init__(
-        self, folder: Path, device: str, architecture: str, samples: Sequence[Inputs], python: str | None
+        self,
+        folder: Path,
+        device: str,
+        architecture: str,
+        samples: Sequence[Inputs],
+        python: str | None,
+        feeding: Feeding = NOTHING,
+        adapter: Path | None = None,
     ) -> None:
-        super().__init__(folder, device, architecture)
-        self._folder, self._python = folder, python
+        """python: of the runtime's environment. adapter: the file that `feeding` is of."""
+        super().__init__(folder, device, architecture, feeding)
+        self._folder, self._python, self._adapter = folder, python, adapter
         config = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))
         self._session.head_size = int(config["model"]["decoder"]["head_size"])
         self._prompts = [token_ids(sample) for sample in samples]
@@ -40,5 +50,5 @@ class GenaiRunner(DecoderRunner):
 
     def greedy(self, inputs: Inputs, count: int) -> list[int]:
         if self._continued is None:  # one process for all of them
-            self._continued = generate(self._folder, self._prompts, count, self._python)
+            self._continued = generate(self._folder, self._prompts, count, self._python, self._adapter)
         return self._continued[self._prompts.index(token_ids(inputs))]

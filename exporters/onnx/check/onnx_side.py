@@ -90,10 +90,11 @@ def whole_answers(
     samples: Sequence[Inputs],
     failures: list[str],
     feeding: Feeding = NOTHING,
+    make: Callable[[], Runner] | None = None,
 ) -> list[torch.Tensor]:
-    """The answers on whole prompts alone, none where ONNX Runtime cannot give them."""
+    """The answers on whole prompts alone, none where ONNX Runtime cannot give them. make: as for `run_onnx`."""
     try:
-        runner = _RUNNERS[kind_of(architecture)](folder, device, architecture, feeding)
+        runner = make() if make else _RUNNERS[kind_of(architecture)](folder, device, architecture, feeding)
         return [runner.whole(sample) for sample in samples]
     except Refusal as refusal:
         failures.append(f"ONNX Runtime cannot run the model: {refusal}.")

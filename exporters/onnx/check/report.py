@@ -33,28 +33,28 @@ class OnnxCheck:
 
     prompts: int
     dtype: str
-    max_abs: float | None
-    mean_abs: float | None
-    kl: float | None
-    top1: float | None
-    decode_max_abs: float | None
-    padded_max_abs: float | None
-    perplexity: float | None
-    torch_perplexity: float | None
-    greedy_equal: int
-    greedy_total: int
-    greedy_tokens: int
-    tokens_per_second: float | None
-    torch_tokens_per_second: float | None
     initializers: int
     initializers_equal: int
-    reference_max_abs: float | None
-    reference_limit: float | None
-    provider: str
-    tolerance: float | None
-    kl_limit: float | None
-    not_run: tuple[str, ...]
-    failures: tuple[str, ...]
+    max_abs: float | None = None
+    mean_abs: float | None = None
+    kl: float | None = None
+    top1: float | None = None
+    decode_max_abs: float | None = None
+    padded_max_abs: float | None = None
+    perplexity: float | None = None
+    torch_perplexity: float | None = None
+    greedy_equal: int = 0
+    greedy_total: int = 0
+    greedy_tokens: int = 0
+    tokens_per_second: float | None = None
+    torch_tokens_per_second: float | None = None
+    reference_max_abs: float | None = None
+    reference_limit: float | None = None
+    provider: str = "none"
+    tolerance: float | None = None
+    kl_limit: float | None = None
+    not_run: tuple[str, ...] = ()
+    failures: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:

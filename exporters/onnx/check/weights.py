@@ -224,3 +224,24 @@ def storage_dtype(model_folder: Path) -> torch.dtype:
         if entry.dtype.is_floating_point:
             sizes[entry.dtype] += entry.nbytes // entry.dtype.itemsize
     return sizes.most_common(1)[0][0] if sizes else torch.float32
+
+
+def numbers_of(graphs: Sequence[Path]) -> tuple[str, str | None]:
+    """The dtype that most of the graphs' floating weights have, and how weights are quantized, as the nodes say."""
+    import onnx_ir
+    from google.protobuf.message import DecodeError
+
+    names = {"FLOAT": "float32", "FLOAT16": "float16", "BFLOAT16": "bfloat16"}
+    sizes: dict[str, int] = {}
+    bits: set[int] = set()
+    for path in graphs:
+        try:
+            graph = onnx_ir.load(path).graph
+        except DecodeError:
+            continue  # the structure's check says so
+        for value in graph.initializers.values():
+            kind = names.get(value.const_value.dtype.name) if value.const_value is not None else None
+            if kind is not None and value.const_value is not None:
+                sizes[kind] = sizes.get(kind, 0) + int(value.const_value.size)
+        bits |= {int(node.attributes["bits"].as_int()) for node in graph if node.op_type == "MatMulNBits"}
+    return max(sizes, key=lambda kind: sizes[kind], default="float32"), f"int{min(bits)}" if bits else None
