@@ -1,0 +1,135 @@
+"""`merge --to onnx` of a diffusers pipeline against diffusers' own models, and faults planted in the folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+
+from exporters.cli import main
+from tests.cases import noise
+from tests.pipelines import ATTENTION, CLIP, flux, load, save_adapter, sdxl
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`sdxl`, a DoRA on its denoiser and text encoders, and `onnx`, the merge of them."""
+    root = tmp_path_factory.mktemp("pipelines")
+    sdxl(root / "sdxl")
+    text = {"text_encoder": CLIP, "text_encoder_2": [*CLIP, "text_projection"]}
+    save_adapter(root / "sdxl", root / "dora", {"unet": [*ATTENTION, "conv1", "ff.net.2"], **text}, use_dora=True)
+    assert main(["merge", *given(root), "--to", "onnx", "-o", str(root / "onnx")]) == 0
+    return root
+
+
+def given(root: Path) -> list[str]:
+    return [str(root / "dora" / "pytorch_lora_weights.safetensors"), "--base", str(root / "sdxl")]
+
+
+def unmerged(root: Path) -> Any:
+    pipeline = load(root / "sdxl")
+    pipeline.load_lora_weights(root / "dora")
+    return pipeline
+
+
+def run(folder: Path, **inputs: Any) -> Mapping[str, torch.Tensor]:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(folder / "model.onnx", options, providers=["CPUExecutionProvider"])
+    feed = {name: np.asarray(value) for name, value in inputs.items()}
+    values = session.run(None, feed)
+    return {each.name: torch.from_numpy(value) for each, value in zip(session.get_outputs(), values, strict=True)}
+
+
+def test_the_graphs_are_what_diffusers_computes_unmerged(root: Path) -> None:
+    """Another batch, height, width and length of text than those that were traced."""
+    pipeline = unmerged(root)
+    latents, time = noise(3, 4, 12, 20), torch.tensor(301.0)
+    text, pooled, sizes = noise(3, 7, 24), noise(3, 8), torch.full((3, 6), 64.0)
+    ids = torch.tensor([[1, 5, 9, 3, 7, 7, 12, 2], [4, 39, 11, 30, 6, 21, 5, 2]])
+    with torch.no_grad():
+        conditions = {"text_embeds": pooled, "time_ids": sizes}
+        wanted = pipeline.unet(latents, time, encoder_hidden_states=text, added_cond_kwargs=conditions).sample
+        base = load(root / "sdxl").unet(latents, time, encoder_hidden_states=text, added_cond_kwargs=conditions).sample
+        states = pipeline.text_encoder(ids, output_hidden_states=True).hidden_states
+        projected = pipeline.text_encoder_2(ids).text_embeds
+        picture = pipeline.vae.decode(latents).sample
+        parameters = pipeline.vae.encode(picture).latent_dist.parameters
+    got = run(
+        root / "onnx" / "unet",
+        sample=latents,
+        timestep=time,
+        encoder_hidden_states=text,
+        text_embeds=pooled,
+        time_ids=sizes,
+    )["out_sample"]
+    torch.testing.assert_close(got, wanted, rtol=0, atol=2e-5 * float(wanted.abs().max()))
+    assert (got - base).abs().max() > 1e-2
+    first = run(root / "onnx" / "text_encoder", input_ids=ids)
+    for layer, state in enumerate(states):
+        torch.testing.assert_close(first[f"hidden_states.{layer}"], state, rtol=1e-4, atol=1e-5)
+    second = run(root / "onnx" / "text_encoder_2", input_ids=ids)
+    torch.testing.assert_close(second["text_embeds"], projected, rtol=1e-4, atol=1e-5)
+    decoded = run(root / "onnx" / "vae_decoder", latent_sample=latents)["sample"]
+    torch.testing.assert_close(decoded, picture, rtol=1e-4, atol=1e-5)
+    encoded = run(root / "onnx" / "vae_encoder", sample=picture)["latent_parameters"]
+    torch.testing.assert_close(encoded, parameters, rtol=1e-4, atol=1e-4)
+    record = json.loads((root / "onnx" / "dora_export.json").read_text())
+    assert {one["folder"]: one["passed"] for one in record["onnx_check"]} == dict.fromkeys(
+        ("text_encoder", "text_encoder_2", "unet", "vae_encoder", "vae_decoder"), True
+    )
+    assert not list((root / "onnx").rglob("*.safetensors"))
+    assert (root / "onnx" / "scheduler" / "scheduler_config.json").is_file()
+
+
+def test_verify_passes_it_and_fails_one_whose_adapter_was_left_out(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The graphs of an adapter that does nothing in the place of one, of all of them, and of none."""
+    asked = ["--adapter", *given(root), "--json"]
+    assert main(["verify", str(root / "onnx"), *asked]) == 0
+    capsys.readouterr()
+    from exporters.onnx.components import export_pipeline
+    from exporters.onnx.options import OnnxOptions
+
+    (tmp_path / "bare").mkdir()
+    names = ("text_encoder", "text_encoder_2", "unet", "vae")
+    export_pipeline(root / "sdxl", tmp_path / "bare", names, OnnxOptions())
+    for part in ("unet", "text_encoder_2"):
+        wrong = shutil.copytree(root / "onnx", tmp_path / f"wrong-{part}")
+        shutil.rmtree(wrong / part)
+        shutil.copytree(tmp_path / "bare" / part, wrong / part)
+        assert main(["verify", str(wrong), *asked]) == 1
+        failures = json.loads(capsys.readouterr().out)["failures"]
+        assert any(failure.startswith(f"{part}: ") and "differs from torch" in failure for failure in failures)
+        assert any("do not equal the checkpoint's" in failure for failure in failures)
+        assert not any(failure.startswith("vae") for failure in failures)
+    shutil.rmtree(wrong / "unet")
+    assert main(["verify", str(wrong), *asked]) == 1
+    assert "no graph of it" in capsys.readouterr().out
+
+
+def test_flux_and_what_is_refused(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flux(tmp_path / "flux")
+    file, trained = save_adapter(tmp_path / "flux", tmp_path / "lora", {"transformer": ATTENTION})
+    merge = ["merge", str(file), "--base", str(tmp_path / "flux"), "-o", str(tmp_path / "onnx")]
+    assert main([*merge, "--to", "onnx", "--runtime", "genai"]) == 1
+    assert "language models" in capsys.readouterr().err
+    assert main([*merge, "--to", "onnx", "--max-kl", "1"]) == 1
+    assert main([*merge, "--to", "nf4"]) == 1
+    assert "safetensors or ONNX" in capsys.readouterr().err
+    assert main([*merge, "--to", "onnx"]) == 0
+    inputs: dict[str, Any] = {"hidden_states": noise(2, 9, 4), "encoder_hidden_states": noise(2, 6, 24)}
+    inputs |= {"pooled_projections": noise(2, 16), "timestep": torch.tensor([0.3, 0.7])}
+    inputs |= {"img_ids": torch.arange(27.0).reshape(9, 3), "txt_ids": torch.zeros(6, 3)}
+    with torch.no_grad():
+        wanted = trained.transformer(**inputs).sample
+    got = run(tmp_path / "onnx" / "transformer", **inputs)["out_hidden_states"]
+    torch.testing.assert_close(got, wanted, rtol=0, atol=3e-5 * float(wanted.abs().max()))
