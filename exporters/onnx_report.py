@@ -135,7 +135,8 @@ def pipeline_export_text(made: Any) -> str:
             folder,
             str(graph["nodes"]),
             format_bytes(one["bytes"]),
-            ", ".join([*graph["inputs"], "->", *graph["outputs"]]),
+            ", ".join(graph["inputs"]),
+            _few(graph["outputs"]),
         ]
         for folder, one in made["graphs"].items()
         for graph in one["graphs"]
@@ -154,9 +155,8 @@ def graphs_text(checks: Any) -> str:
             format_number(one["max_abs"]),
             format_number(one["batched_max_abs"]),
             format_number(one["tolerance"]),
-            f"{format_number(one['reference_max_abs'])} ({format_number(one['reference_limit'])})"
-            if one["reference_limit"]
-            else "",
+            format_number(one["reference_max_abs"]),
+            format_number(one["reference_limit"]),
             format_number(one["relative"]),
             f"{one['initializers_equal']} of {one['initializers']}",
         ]
