@@ -19,24 +19,25 @@ from tests.pipelines import ATTENTION, CLIP, flux, load, save_adapter, sdxl
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`sdxl`, a DoRA on its denoiser and text encoders, and `onnx`, the merge of them."""
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """A folder with `sdxl` and `dora`, on its denoiser and text encoders; and the pipeline that was trained."""
     root = tmp_path_factory.mktemp("pipelines")
     sdxl(root / "sdxl")
     text = {"text_encoder": CLIP, "text_encoder_2": [*CLIP, "text_projection"]}
-    save_adapter(root / "sdxl", root / "dora", {"unet": [*ATTENTION, "conv1", "ff.net.2"], **text}, use_dora=True)
+    targets = {"unet": [*ATTENTION, "conv1", "ff.net.2"], **text}
+    return root, save_adapter(root / "sdxl", root / "dora", targets, use_dora=True)[1]
+
+
+@pytest.fixture(scope="module")
+def root(trained: tuple[Path, Any]) -> Path:
+    """The folder, with `onnx` in it, the merge."""
+    root = trained[0]
     assert main(["merge", *given(root), "--to", "onnx", "-o", str(root / "onnx")]) == 0
     return root
 
 
 def given(root: Path) -> list[str]:
     return [str(root / "dora" / "pytorch_lora_weights.safetensors"), "--base", str(root / "sdxl")]
-
-
-def unmerged(root: Path) -> Any:
-    pipeline = load(root / "sdxl")
-    pipeline.load_lora_weights(root / "dora")
-    return pipeline
 
 
 def run(folder: Path, **inputs: Any) -> Mapping[str, torch.Tensor]:
@@ -48,9 +49,9 @@ def run(folder: Path, **inputs: Any) -> Mapping[str, torch.Tensor]:
     return {each.name: torch.from_numpy(value) for each, value in zip(session.get_outputs(), values, strict=True)}
 
 
-def test_the_graphs_are_what_diffusers_computes_unmerged(root: Path) -> None:
+def test_the_graphs_are_what_diffusers_computes_unmerged(root: Path, trained: tuple[Path, Any]) -> None:
     """Another batch, height, width and length of text than those that were traced."""
-    pipeline = unmerged(root)
+    pipeline = trained[1]
     latents, time = noise(3, 4, 12, 20), torch.tensor(301.0)
     text, pooled, sizes = noise(3, 7, 24), noise(3, 8), torch.full((3, 6), 64.0)
     ids = torch.tensor([[1, 5, 9, 3, 7, 7, 12, 2], [4, 39, 11, 30, 6, 21, 5, 2]])
