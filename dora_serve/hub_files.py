@@ -16,6 +16,7 @@ from dora_serve.errors import CheckpointError, HubError
 
 What: TypeAlias = Literal["base", "adapter"]
 
+PIPELINE_INDEX = "model_index.json"
 INDEX_SUFFIX = ".safetensors.index.json"
 # In the order in which transformers and diffusers look for them.
 _STEMS = ("model", "diffusion_pytorch_model", "pytorch_model")
@@ -94,7 +95,7 @@ def choose_weights(names: Sequence[str], what: What, repo_id: str) -> str:
 def choose_files(
     names: Sequence[str], read: Callable[[str], str], what: What, repo_id: str, *, file: str | None = None
 ) -> list[str]:
-    """All that a merge needs: weights, configuration, tokenizer, licence.
+    """All that a merge needs: weights, configuration, tokenizer, licence; of a diffusers pipeline, all its components.
 
     names: as for `choose_weights`. read: gives the text of a file, for an index. file: the weights, where the user
     named them. Raises what `choose_weights` and `choose_shards` raise.
@@ -106,9 +107,42 @@ def choose_files(
             repo_id=repo_id,
             name=file,
         )
+    if what == "base" and file is None and PIPELINE_INDEX in names:
+        return _choose_pipeline(names, read, repo_id)
     weights = file or choose_weights(names, what, repo_id)
     chosen = [weights, *choose_side_files(names, what)]
     return chosen + (choose_shards(read(weights), names, repo_id) if weights.endswith(INDEX_SUFFIX) else [])
+
+
+def _choose_pipeline(names: Sequence[str], read: Callable[[str], str], repo_id: str) -> list[str]:
+    """The components that the index names, each as a model by itself. What lies beside them is left: vendors put the
+    whole pipeline there once more, as one file."""
+    chosen = choose_side_files(names, "base")
+    for component in _components(read(PIPELINE_INDEX), repo_id):
+        within = [name.removeprefix(f"{component}/") for name in names if name.startswith(f"{component}/")]
+        files = choose_side_files(within, "base")
+        if any(name.endswith((".safetensors", *_PICKLES)) for name in within if "/" not in name):
+            place = f"{component}/"
+
+            def read_here(name: str, place: str = place) -> str:
+                return read(place + name)
+
+            files = choose_files(within, read_here, "base", f"{repo_id}:{component}")
+        chosen += [f"{component}/{name}" for name in files]
+    return chosen
+
+
+def _components(index: str, repo_id: str) -> list[str]:
+    """What model_index.json gives a library and a class. Raises CheckpointError where it is corrupt."""
+    try:
+        table = dict(json.loads(index))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{PIPELINE_INDEX} of the Hub's {repo_id!r} is corrupt: wanted a JSON object of components.",
+            remedy="Tell the repository's owner, or give another revision.",
+            repo_id=repo_id,
+        ) from error
+    return [name for name, value in table.items() if isinstance(value, list) and "/" not in name]
 
 
 def is_weights(name: str) -> bool:

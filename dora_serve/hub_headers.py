@@ -17,7 +17,7 @@ from typing import Any
 
 from dora_serve.hub import HubSpec, Located, fetch, hub_repository, locate, split_file, split_spec
 from dora_serve.hub_errors import translate
-from dora_serve.hub_files import What, choose_files, is_weights
+from dora_serve.hub_files import PIPELINE_INDEX, What, choose_files, is_weights
 from dora_serve.progress import OnProgress, ignore_progress
 from dora_serve.safetensors_file import MAX_HEADER_BYTES
 
@@ -76,6 +76,8 @@ def locate_headers(spec: str, *, what: What, on_progress: OnProgress = ignore_pr
             (outline / name).parent.mkdir(parents=True, exist_ok=True)
             (outline / name).symlink_to((found.path / name).resolve())
         try:
+            for name in weights:
+                (outline / name).parent.mkdir(parents=True, exist_ok=True)
             sizes = [_write_outline(_url(around, found, name), outline / name) for name in weights]
         except _NoRanges:
             sizes = []
@@ -93,7 +95,8 @@ def locate_headers(spec: str, *, what: What, on_progress: OnProgress = ignore_pr
 
 def whole(located: Located) -> Outline:
     """Of files that are here."""
-    files = [located.path] if located.path.is_file() else list(located.path.glob("*.safetensors"))
+    where = "*/*.safetensors" if (located.path / PIPELINE_INDEX).is_file() else "*.safetensors"
+    files = [located.path] if located.path.is_file() else list(located.path.glob(where))
     size = sum(path.stat().st_size for path in files)
     return Outline(located, size, size)
 
