@@ -21,6 +21,9 @@ from dora_serve.errors import DoraServeError, EngineError, UnavailableError
 from dora_serve.progress import OnProgress
 
 CONNECT_SECONDS = 10.0
+_NO_ROUTE = "Not Found"
+"""What a server says of a path that it does not have; vLLM answers 404 for an adapter that is not there as well."""
+
 READ_SECONDS = 120.0
 """The longest silence within an answer; loading an adapter may take as long."""
 
@@ -153,7 +156,7 @@ class ServerBackend:
             response = self._client.post(path, json=body)
         except httpx.HTTPError as error:
             raise self._gone(error) from error
-        if response.status_code == 404 and path.endswith("_lora_adapter"):
+        if response.status_code == 404 and path.endswith("_lora_adapter") and _said(response) == _NO_ROUTE:
             raise UnavailableError(
                 f"The server {self.url} cannot change its adapters: {_said(response)}",
                 remedy="Start vLLM with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True.",

@@ -38,9 +38,9 @@ class Shared:
         return [BASE, *(row.name for row in self.backend.adapters())]
 
     def first_columns(self, columns: Sequence[str]) -> list[str]:
-        """Of these, what a fresh page compares."""
-        chosen = [name for name in self.chosen if name in columns] or list(columns)[:3]
-        return chosen[:MOST_COLUMNS]
+        """Of these, what a fresh page compares: one column alone is no comparison."""
+        chosen = [name for name in self.chosen if name in columns]
+        return chosen[:MOST_COLUMNS] if len(chosen) > 1 else list(columns)[:3]
 
     def source(self, text: str) -> str | Path:
         """What a person typed: a Hub id, or a path, which has to lie in one of the folders.

@@ -72,6 +72,9 @@ def test_adapters_are_listed_loaded_replaced_and_unloaded(server: FakeServer, ba
     for name in ("", BASE, "big-base"):
         with pytest.raises(EngineError, match="cannot be called"):
             backend.load(name, "/adapters/x")
+    with pytest.raises(EngineError, match="No adapter found") as refused:
+        backend.unload("nobody")  # which vLLM answers with 404, as it does where it cannot unload at all
+    assert "enable-lora" not in str(refused.value)
     server.can_load = False
     with pytest.raises(UnavailableError, match="cannot change its adapters") as caught:
         backend.load("new", "/adapters/new")

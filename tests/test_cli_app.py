@@ -77,6 +77,7 @@ def test_a_server_is_reached(folders: Path) -> None:
     with fake_server() as server:
         shared = prepare(_options("--server", server.url), ignore_progress)
         assert shared.columns() == ["base", "style"]
+        assert shared.first_columns(shared.columns()) == ["base", "style"]
         assert shared.source("/anything") == "/anything"
         with launched(shared.backend, folders) as url:
             assert client(url).predict("x", ["base"], api_name="/generate")[0]["text"] == "big-base says <b> x"
