@@ -23,12 +23,16 @@ def picture_inputs(model: Any, words: list[int], number: int) -> dict[str, Tenso
     """One picture, numbered for its seed, and `words` after it, as keyword arguments of `model.forward`.
 
     None for a model that takes no pictures among its tokens, or whose pictures cannot be made up from its
-    configuration alone (LLaVA-NeXT's tiles, Mllama's cross-attention).
+    configuration alone.
     """
     placeholder = next((value for name in _PLACEHOLDER if isinstance(value := _get(model.config, name), int)), None)
     features = getattr(model, "get_image_features", None)
     accepted = set(inspect.signature(model.forward).parameters)
-    if placeholder is None or features is None or "pixel_values" not in accepted:
+    if placeholder is None or "pixel_values" not in accepted:
+        return None
+    if "cross_attention_mask" in accepted:
+        return _attended(model, placeholder, words, number)
+    if features is None:
         return None
     for pixels in _candidates(model.config, number, accepted):
         try:
@@ -43,6 +47,35 @@ def picture_inputs(model: Any, words: list[int], number: int) -> dict[str, Tenso
             continue
         return inputs
     return None
+
+
+def _attended(model: Any, placeholder: int, words: list[int], number: int) -> dict[str, Tensor] | None:
+    """Of Mllama, whose words attend to the tiles of a picture, for which one token stands: here all to one tile."""
+    vision = _get(model.config, "vision_config")
+    tiles, size, channels = (_get(vision, name) for name in ("max_num_tiles", "image_size", "num_channels"))
+    if not all(isinstance(value, int) for value in (tiles, size, channels)):
+        return None
+    ids = torch.tensor([[words[0], placeholder, *words[1:]]])
+    first = torch.zeros(1, 1, tiles, dtype=torch.long)
+    first[..., 0] = 1
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "pixel_values": _noise((1, 1, tiles, channels, size, size), number),
+        "aspect_ratio_ids": torch.ones(1, 1, dtype=torch.long),
+        "aspect_ratio_mask": first,
+        "cross_attention_mask": first.unsqueeze(1).expand(1, ids.shape[1], 1, tiles).contiguous(),
+    }
+    try:
+        model(
+            **{
+                name: value.to(device=model.device, dtype=model.dtype if value.is_floating_point() else None)
+                for name, value in inputs.items()
+            }
+        )
+    except Exception:  # as above
+        return None
+    return inputs
 
 
 def _get(config: Any, name: str) -> Any:
