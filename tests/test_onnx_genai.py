@@ -97,6 +97,14 @@ def test_a_python_may_be_named_from_where_one_is(model: Path, tmp_path: Path, mo
     assert (made.folder / "model.onnx").is_file()
 
 
+def test_folders_may_be_named_from_where_one_is(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").symlink_to(model)
+    (tmp_path / "out").mkdir()
+    export_genai(Path("model"), Path("out"), OnnxOptions(runtime="genai"), "LlamaForCausalLM")
+    assert (tmp_path / "out" / "model.onnx").is_file()
+
+
 def test_the_engine_names_the_environment_that_it_needs(model: Path, tmp_path: Path) -> None:
     """What it does where the runtime is installed is tested there: tests/genai."""
     made = export(model, tmp_path / "out")

@@ -104,7 +104,8 @@ def export_genai(
     on_progress(f"building with onnxruntime-genai {environment.version}")
     precision = options.quantize or _PRECISIONS[options.dtype]
     with tempfile.TemporaryDirectory(prefix="dora-export-genai-") as scratch:
-        command = ["-m", "onnxruntime_genai.models.builder", "-i", str(model_folder), "-o", str(out_folder)]
+        command = ["-m", "onnxruntime_genai.models.builder", "-i", os.path.abspath(model_folder)]
+        command += ["-o", os.path.abspath(out_folder)]  # it runs elsewhere
         command += ["-p", precision, "-e", options.provider, "-c", scratch, "--extra_options", "hf_token=false"]
         command += [] if fused else ["fuse_qkv=false"]
         done = subprocess.run(
