@@ -97,6 +97,15 @@ def test_a_python_may_be_named_from_where_one_is(model: Path, tmp_path: Path, mo
     assert (made.folder / "model.onnx").is_file()
 
 
+def test_a_folder_for_a_gpu_is_compared_without_one(model: Path, tmp_path: Path) -> None:
+    """In plain ONNX Runtime: the runtime itself does not load it."""
+    made = export(model, tmp_path / "out", dtype="float16", provider="cuda")
+    report = check(model, made.folder)
+    assert report.failures == ()
+    assert report.dtype == "float16"
+    assert report.greedy_total == len(PROMPTS)
+
+
 def test_folders_may_be_named_from_where_one_is(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model").symlink_to(model)

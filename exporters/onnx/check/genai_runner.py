@@ -36,6 +36,9 @@ class GenaiRunner(DecoderRunner):
         self._folder, self._python, self._adapter = folder, python, adapter
         config = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))
         self._session.head_size = int(config["model"]["decoder"]["head_size"])
+        # The runtime runs a folder where it was made for, and nowhere else.
+        elsewhere = bool(config["model"]["decoder"]["session_options"].get("provider_options"))
+        self._runs_here = device.startswith("cuda") or not elsewhere
         self._prompts = [token_ids(sample) for sample in samples]
         self._continued: list[list[int]] | None = None
 
@@ -49,6 +52,8 @@ class GenaiRunner(DecoderRunner):
         return [torch.from_numpy(logits[number, : len(row)]).float() for number, row in enumerate(rows)]
 
     def greedy(self, inputs: Inputs, count: int) -> list[int]:
+        if not self._runs_here:
+            return super().greedy(inputs, count)
         if self._continued is None:  # one process for all of them
             self._continued = generate(self._folder, self._prompts, count, self._python, self._adapter)
         return self._continued[self._prompts.index(token_ids(inputs))]
