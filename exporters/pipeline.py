@@ -96,13 +96,18 @@ def plan_export(request: ExportRequest, on_progress: OnProgress = ignore_progres
 
 @dataclass(frozen=True)
 class Foreseen:
-    """What an export would do. onnx: what it would write in place of the merged checkpoint, where it would."""
+    """What an export would do. onnx: what it would write in place of the merged checkpoint, where it would. graphs: of
+    a pipeline, the folders of the graphs of each component; none for one that stays as safetensors.
+    """
 
     plan: AnyPlan
     onnx: OnnxForecast | None = None
+    graphs: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, object]:
-        shown = {} if self.onnx is None else {"onnx": self.onnx.to_json()}
+        shown: dict[str, object] = {} if self.onnx is None else {"onnx": self.onnx.to_json()}
+        if self.graphs:
+            shown["onnx"] = {"graphs": {name: list(parts) for name, parts in self.graphs.items()}}
         return {**self.plan.summary(), **shown}
 
 
@@ -110,7 +115,11 @@ def plan_only(request: ExportRequest, on_progress: OnProgress = ignore_progress)
     """Plan, and look ahead; nothing is written. Raises what `plan_export` raises."""
     sources, plan = plan_export(request, on_progress)
     if isinstance(plan, PipelinePlan):
-        return Foreseen(plan)
+        if request.to != "onnx":
+            return Foreseen(plan)
+        from exporters.onnx.components import component_of
+
+        return Foreseen(plan, graphs={name: component_of(plan.base.folder / name).parts for name in plan.components})
     return Foreseen(plan, EXPORTERS[request.to].forecast(plan, request.options, file_stem(sources.adapter.spec)))
 
 

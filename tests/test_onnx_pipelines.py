@@ -126,6 +126,10 @@ def test_flux_and_what_is_refused(root: Path, tmp_path: Path, capsys: pytest.Cap
     assert main([*merge, "--to", "onnx", "--max-kl", "1"]) == 1
     assert main([*merge, "--to", "nf4"]) == 1
     assert "safetensors or ONNX" in capsys.readouterr().err
+    assert main([*merge, "--to", "onnx", "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert "vae_encoder, vae_decoder" in shown
+    assert ".safetensors" not in shown.partition("what happens")[2]
     assert main([*merge, "--to", "onnx"]) == 0
     inputs: dict[str, Any] = {"hidden_states": noise(2, 9, 4), "encoder_hidden_states": noise(2, 6, 24)}
     inputs |= {"pooled_projections": noise(2, 16), "timestep": torch.tensor([0.3, 0.7])}
