@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.entrypoints.convert.converters.autoawq import AutoAWQConverter
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -220,3 +221,32 @@ def test_other_layouts_are_refused_by_name(tmp_path: Path, changes: dict[str, An
     rewrite_json(quantized / "config.json", quantization_config={**settings("int4 groups"), **changes})
     with pytest.raises(CheckpointError, match=message):
         dense_view(open_checkpoint(quantized))
+
+
+def test_an_awq_checkpoint_by_way_of_the_librarys_converter(tmp_path: Path) -> None:
+    """As the error for AWQ says; the codes are packed by hand, in the order of AutoAWQ's kernel."""
+    generator = torch.Generator().manual_seed(2)
+    codes = torch.randint(0, 16, (64, 16), generator=generator)
+    zeros = torch.randint(0, 16, (2, 16), generator=generator)
+    scales = torch.rand(2, 16, generator=generator).half()
+
+    def packed(values: Tensor) -> Tensor:
+        nibbles = values.unflatten(1, (-1, 8))[:, :, [0, 2, 4, 6, 1, 3, 5, 7]]
+        return (nibbles << torch.arange(0, 32, 4)).sum(-1).to(torch.int32)
+
+    tensors = {f"{Q}.qweight": packed(codes), f"{Q}.qzeros": packed(zeros), f"{Q}.scales": scales}
+    said = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": said}))
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="AutoAWQConverter"):
+        dense_view(open_checkpoint(tmp_path))
+    converter = AutoAWQConverter.from_autoawq_config(said)
+    save_file(converter.process(dict(tensors)), tmp_path / "model.safetensors")
+    converted = converter.update_config(None)
+    assert converted is not None
+    rewrite_json(tmp_path / "config.json", quantization_config=json.loads(json.dumps(converted.to_dict(), default=str)))
+    entry = dense_view(open_checkpoint(tmp_path)).tensors[f"{Q}.weight"]
+    group = torch.arange(64) // 32
+    wanted = ((codes - zeros[group]).half() * scales[group]).T
+    assert torch.equal(open_values(entry)(0, 64 * 16).view(16, 64), wanted)
+    assert torch.equal(decoded_range(entry, 0, 64 * 16).view(16, 64), wanted)

@@ -247,3 +247,56 @@ def test_names_that_mean_nothing_here(tmp_path: Path) -> None:
     save_file(tensors, file)
     with pytest.raises(PlanError, match="layers_7"):
         plan(other, file)
+
+
+def apply_method(model: nn.Module, file: Path, algo: str) -> LycorisNetwork:
+    """Another method of LyCORIS on every linear layer, moved and saved by it."""
+    torch.manual_seed(5)
+    LycorisNetwork.apply_preset({"target_module": ["LlamaDecoderLayer"], "target_name": []})
+    network = create_lycoris(model, 1.0, algo=algo, linear_dim=4, linear_alpha=2)
+    network.apply_to()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    network.save_weights(str(file), None, {})
+    return network
+
+
+@pytest.mark.parametrize(
+    ("algo", "name"),
+    [
+        ("loha", "LoHa"),
+        ("lokr", "LoKr"),
+        ("full", "a full difference"),
+        ("diag-oft", "OFT"),
+        ("glora", "GLoRA"),
+        ("ia3", r"\(IA\)\^3"),
+    ],
+)
+def test_other_methods_of_lycoris_are_refused_by_name(tmp_path: Path, algo: str, name: str) -> None:
+    apply_method(llama(), tmp_path / "x.safetensors", algo)
+    with pytest.raises(UnmergeableError, match=f"The adapter holds {name}"):
+        read_adapter(tmp_path / "x.safetensors")
+
+
+def test_dylora_does_not_say_its_scale(tmp_path: Path) -> None:
+    """At its full rank it is scaled by alpha over the blocks of four, here one; every reader takes alpha / rank."""
+    start = llama()
+    base = save(start, tmp_path / "base")
+    file = tmp_path / "x.safetensors"
+    network = apply_method(copy.deepcopy(start), file, "dylora")
+    with pytest.raises(UnmergeableError, match="DyLoRA"):
+        read_adapter(file)
+    tensors = load_file(file)
+    save_file(
+        {name: tensor.float() * 4 if name.endswith("alpha") else tensor for name, tensor in tensors.items()}, file
+    )
+    merge_to(base, file, tmp_path / "merged")  # as the error says to
+    with torch.no_grad():
+        theirs = {lora.lora_name: lora.get_merged_weight(rank=0)[0] for lora in network.loras}
+    own, merged = read_tensors(base), read_tensors(tmp_path / "merged")
+    changed = [name for name in own if not torch.equal(own[name], merged[name])]
+    assert len(changed) == len(theirs) == 14
+    for name in changed:
+        wanted = theirs[f"lycoris_{name.removesuffix('.weight').replace('.', '_')}"]
+        torch.testing.assert_close(merged[name], wanted, rtol=0, atol=4 * EPS)

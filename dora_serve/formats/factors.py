@@ -46,7 +46,7 @@ def group(
         if match is None:
             parts.rest[key] = tensor
             continue
-        if not tensor.dtype.is_floating_point:
+        if not tensor.dtype.is_floating_point and role != "alpha":  # a scalar, which readers judge themselves
             kind = str(tensor.dtype).removeprefix("torch.")
             raise not_understood({f"{key} ({kind})": tensor})
         module = rename(match[1])

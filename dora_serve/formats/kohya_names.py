@@ -64,6 +64,15 @@ def weights_file(path: Path) -> Path | None:
     return find_weights(path, single=True) if not (path / DIFFUSERS_NAME).is_file() else path / DIFFUSERS_NAME
 
 
+def holds_other_method(path: Path) -> bool:
+    """Whether a file with kohya's prefixes holds another method than LoRA, which the reader refuses by its name."""
+    names, _ = header(weights_file(path))
+    return any(
+        name.startswith((*_COMPONENTS, *_PREFIXES)) and any(pattern.search(name) for pattern in _OTHER_METHODS.values())
+        for name in names
+    )
+
+
 def peek(path: Path) -> tuple[frozenset[str], Mapping[str, str]]:
     """The last parts of the tensors' names, and the metadata, where the names are kohya's; else nothing."""
     names, metadata = header(weights_file(path))
@@ -181,6 +190,14 @@ def _scaling(module: str, found: Mapping[str, LazyTensor], rank: int, options: R
         return 1.0 if said is None or said == "rank" else said / rank
     if prod(alpha.shape) != 1:
         raise ValueError(f"{module}: alpha {list(alpha.shape)}, wanted a scalar")
+    if not alpha.dtype.is_floating_point:
+        raise UnmergeableError(
+            f"{module}: its alpha is a whole number, as LyCORIS' DyLoRA alone stores it, which was trained with alpha "
+            "over its number of blocks as the scale, and the file does not hold that.",
+            remedy="Store each alpha as a float, so that alpha / rank is the scale that it was trained with: "
+            "alpha * block_size.",
+            module=module,
+        )
     value = float(alpha.load())
     return value / rank if value else 1.0
 

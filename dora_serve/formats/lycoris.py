@@ -17,7 +17,7 @@ import torch
 from dora_serve.adapter import Adapter, LazyTensor, Norm
 from dora_serve.errors import AdapterError
 from dora_serve.formats.files import Weights
-from dora_serve.formats.kohya_names import ToNorm, by_shape, peek, read_kohya
+from dora_serve.formats.kohya_names import ToNorm, by_shape, holds_other_method, peek, read_kohya
 from dora_serve.formats.options import ReadOptions
 
 EPS_KEY = "dora_norm_eps"
@@ -26,7 +26,7 @@ EPS_KEY = "dora_norm_eps"
 def sniff(path: Path) -> bool:
     """Whether the names are kohya's, whoever wrote them."""
     leaves, _ = peek(path)
-    return bool(leaves) and bool(leaves & {"lora_down", "dora_scale", "hada_w1_a", "lokr_w1", "lokr_w1_a", "diff"})
+    return bool(leaves & {"lora_down", "dora_scale"}) or holds_other_method(path)
 
 
 def read(path: Path, options: ReadOptions) -> Adapter:

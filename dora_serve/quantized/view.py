@@ -25,8 +25,11 @@ _BLOCK = (128, 128)
 _ORIGINAL = "merge into the unquantized base that it was made from (--base ORIGINAL --merge-into original)"
 
 _REFUSED: Mapping[str, tuple[str, str]] = {
-    "gptq": ("its codes run down the columns, and no kept library dequantizes them on a CPU", "GPTQModel"),
-    "awq": ("its codes run down the columns, and AutoAWQ, which wrote them, is no longer kept", "GPTQModel"),
+    "gptq": ("its codes run down the columns of the transposed weight", "GPTQModel"),
+    "awq": (
+        "its codes lie in the order of AutoAWQ's kernel",
+        "compressed-tensors, whose AutoAWQConverter makes of it what is read here,",
+    ),
     "torchao": ("its tensors are Python objects of torchao, which safetensors files hold only in part", "torchao"),
     "mxfp4": ("its experts lie in blocks that only its kernels read", "transformers' Mxfp4Config(dequantize=True)"),
     "quanto": ("its codes are objects of optimum-quanto", "optimum-quanto"),
