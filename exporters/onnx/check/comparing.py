@@ -14,8 +14,9 @@ from exporters.onnx.check.report import OnnxCheck
 
 # What the real rounding of the weights did may exceed what random rounding errors did by this factor.
 _ROUNDING_FACTOR = 3.0
-# Runs of a quantized graph round activations too, in another order for another batch: a part of what quantizing costs.
-_QUANTIZED_PART = 0.5
+# Runs of a quantized graph round activations too, in another way for another batch, by up to what quantizing costs: on
+# SmolLM2 in int8 a padded batch differs by 0.78 of it from a prompt alone.
+_QUANTIZED_PART = 1.0
 
 
 def compare(
