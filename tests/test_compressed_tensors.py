@@ -186,6 +186,7 @@ Q = "model.layers.0.self_attn.q_proj"
     ("part", "value", "message"),
     [
         ("weight_scale", None, "no weight_scale"),
+        ("weight_zero_point", None, "no weight_zero_point"),
         ("weight_shape", None, "no weight_shape"),
         ("weight_shape", torch.tensor([64, 65]), "wanted"),
         ("weight_scale", torch.ones(7, 3), "a grid that fits it"),
@@ -205,6 +206,59 @@ def test_unsound_codes_are_refused(tmp_path: Path, part: str, value: Tensor | No
     rewrite_tensors(quantized / "model.safetensors", change)
     with pytest.raises(CheckpointError, match=message):
         dense_view(open_checkpoint(quantized))
+
+
+def test_zero_points_of_codes_that_are_said_to_be_symmetric(tmp_path: Path) -> None:
+    """Early versions wrote them, all zero. The library subtracts them where it decompresses, and drops others."""
+    quantized, dense = write(tmp_path, "int4 groups")
+    wanted = load_file(dense / "model.safetensors")[f"{Q}.weight"].flatten()
+    zeros = torch.zeros_like(load_file(quantized / "model.safetensors")[f"{Q}.weight_scale"], dtype=torch.int8)
+    for value in (zeros, zeros.to(torch.float8_e4m3fn)):
+        rewrite_tensors(
+            quantized / "model.safetensors",
+            lambda tensors, value=value: tensors.update({f"{Q}.weight_zero_point": value}),
+        )
+        entry = dense_view(open_checkpoint(quantized)).tensors[f"{Q}.weight"]
+        assert torch.equal(open_values(entry)(0, wanted.numel()), wanted)
+        assert f"{Q}.weight_zero_point" not in dense_view(open_checkpoint(quantized)).tensors
+    zeros[3, 1] = 1
+    rewrite_tensors(quantized / "model.safetensors", lambda tensors: tensors.update({f"{Q}.weight_zero_point": zeros}))
+    with pytest.raises(CheckpointError, match=f"{Q} .* not zero, and symmetric codes"):
+        dense_view(open_checkpoint(quantized))
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "sound"),
+    [
+        ("Linear", "re:.*q_proj$", False),
+        ("re:.*self_attn.*", Q, False),
+        (Q, "re:.*q_proj$", True),
+        ("re:.*q_proj$", "Linear", True),
+        ("re:(", "Linear", False),
+    ],
+)
+def test_the_group_of_a_layer_says_whether_it_has_zero_points(
+    tmp_path: Path, first: str, second: str, sound: bool
+) -> None:
+    """The first group is symmetric, the second is not; the closest target decides, as in the library."""
+    quantized, _ = write(tmp_path, "int4 groups")
+    said = settings("int4 groups")
+    group = said["config_groups"]["group_0"]
+    other = {**group, "targets": [second], "weights": {**group["weights"], "symmetric": False}}
+    said["config_groups"] = {"group_0": {**group, "targets": [first]}, "group_1": other}
+    keep = {f"{Q}.{part}" for part in ("weight_packed", "weight_scale", "weight_shape")}
+
+    def only(tensors: dict[str, Tensor]) -> None:
+        for name in [name for name in tensors if name.split(".")[-2] in LINEARS and name not in keep]:
+            del tensors[name]
+
+    rewrite_tensors(quantized / "model.safetensors", only)
+    rewrite_json(quantized / "config.json", quantization_config=said)
+    if sound:
+        assert dense_view(open_checkpoint(quantized)).tensors[f"{Q}.weight"].coding is not None
+    else:
+        with pytest.raises(CheckpointError, match="no weight_zero_point"):
+            dense_view(open_checkpoint(quantized))
 
 
 @pytest.mark.parametrize(

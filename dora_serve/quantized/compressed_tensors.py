@@ -4,6 +4,7 @@ into words, and int8 or float8 as they are, with a scale for the tensor, a row, 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from math import prod
@@ -79,12 +80,38 @@ def _require_plain(tensors: Mapping[str, TensorEntry], settings: Mapping[str, An
 
 
 def _schemes(settings: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """What config.json says of the weights, for each group of layers."""
+    """What config.json says of the weights, for each group of layers, and the group's targets."""
     groups = settings.get("config_groups")
     for table in groups.values() if isinstance(groups, dict) else ():
         weights = table.get("weights") if isinstance(table, dict) else None
         if isinstance(weights, dict):
-            yield weights
+            yield {**weights, "targets": table.get("targets")}
+
+
+def _symmetric(module: str, schemes: list[Mapping[str, Any]]) -> bool | None:
+    """Whether a layer's codes are said to have no zero points: by the group that names it, else one that matches it by
+    an expression, else one of a class (utils/match.py, match_targets). None where the groups that may be its differ."""
+    found: tuple[list[bool], ...] = ([], [], [])
+    for scheme in schemes:
+        targets = scheme["targets"]
+        for target in targets if isinstance(targets, list) else ():
+            rank = _rank(module, target) if isinstance(target, str) else None
+            if rank is not None:
+                found[rank].append(scheme.get("symmetric") is not False)
+    said = set(next(filter(None, found), [scheme.get("symmetric") is not False for scheme in schemes]))
+    return said.pop() if len(said) == 1 else None
+
+
+def _rank(module: str, target: str) -> int | None:
+    """How closely a target means a layer, 0 the closest; None where it does not."""
+    if target == module:
+        return 0
+    if target.startswith("re:"):
+        try:
+            return 1 if re.match(target.removeprefix("re:"), module) else None
+        except re.error:
+            return None
+    return 2 if target[:1].isupper() and "." not in target else None  # Linear
 
 
 def _packed(
@@ -128,6 +155,15 @@ def _entry(
     across = -(-shape[1] // block[1])
     zeros = tensors.get(f"{module}.weight_zero_point")
     zeros_packed = False
+    symmetric = _symmetric(module, schemes)
+    if zeros is None and symmetric is False:
+        raise _unsound(module, codes, "no weight_zero_point", "one beside its codes, which config.json says have one")
+    if zeros is not None and symmetric:
+        # Versions differ: some loaders subtract them, others never read them. None that was written is but zero.
+        if prod(zeros.shape) > prod(scales.shape) or read_tensor(zeros).float().any():
+            got = "a weight_zero_point that is not zero, and symmetric codes in config.json"
+            raise _unsound(module, codes, got, "one or the other")
+        zeros = None
     if zeros is not None:
         per_word = 32 // (bits or 8)
         packed = (-(-shape[0] // per_word), across)
