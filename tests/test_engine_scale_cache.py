@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,6 +98,28 @@ def test_another_adapter_or_base_has_its_own(world: World) -> None:
     world.answers(dtype=torch.bfloat16)
     assert len(world.computed) > before
     assert world.took_them()
+
+
+def test_the_same_bytes_in_another_dtype_have_their_own(world: World) -> None:
+    """A file whose header alone says otherwise: float16 read as bfloat16 is another adapter."""
+
+    def turn(tensors: dict[str, torch.Tensor], label: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        tensors.update({name: label(tensor) for name, tensor in tensors.items() if "lora_A" in name})
+
+    weights = world.root / "dora" / "adapter_model.safetensors"
+    rewrite_tensors(weights, lambda tensors: turn(tensors, torch.Tensor.half))
+    assert not world.took_them()
+    rewrite_tensors(weights, lambda tensors: turn(tensors, lambda tensor: tensor.view(torch.bfloat16)))
+    assert not world.took_them()
+    assert world.took_them()
+
+
+def test_every_tensor_is_known_by_its_dtype_and_shape(tmp_path: Path) -> None:
+    cache = ScaleCache(tmp_path, lambda: "base")
+    values = torch.arange(6, dtype=torch.float16).reshape(2, 3)
+    alike = [values, values.view(torch.bfloat16), values.reshape(3, 2), values.flatten()]
+    assert len({cache.key([("layer", [tensor])]) for tensor in alike}) == len(alike)
+    assert cache.key([("layer", [values])]) == cache.key([("layer", [values.clone()])])
 
 
 @pytest.mark.parametrize("damage", ["bit", "short", "long", "empty", "folder"])

@@ -22,7 +22,7 @@ from torch import Tensor
 MOST_BYTES = 256 << 20
 """Of all files together; those that were used longest ago go first."""
 
-_FORMAT = b"dora-serve norm scales 1"
+_FORMAT = b"dora-serve norm scales 2"
 
 
 def default_folder() -> Path:
@@ -52,6 +52,8 @@ class ScaleCache:
         for facts, tensors in modules:
             digest.update(repr(facts).encode())
             for tensor in tensors:
+                # The same bytes are other numbers in another dtype.
+                digest.update(f"{tensor.dtype} {tuple(tensor.shape)}\n".encode())
                 digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
