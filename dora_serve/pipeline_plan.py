@@ -101,6 +101,7 @@ def plan_pipeline(base: PipelineFolder, adapter: Adapter, *, dtype: torch.dtype 
     notes = [f"{name}: {note}" for name, plan in plans.items() for note in plan.notes if note not in adapter.notes]
     if base.pickled:
         notes.append(f"{', '.join(base.pickled)}: the weights are pickles, which are copied and not read.")
+    notes += [f"{name}: model_index.json names it, and the base has no such folder." for name in base.absent]
     side = tuple((base.folder / path, path) for path in base.side_files)
     return PipelinePlan(base, adapter, plans, side, (*adapter.notes, *notes))
 

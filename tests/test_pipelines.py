@@ -211,8 +211,8 @@ def test_what_a_pipeline_cannot_be(sdxl_base: Path, flux_base: Path, sdxl_lora: 
     with pytest.raises(PlanError, match=r"does not fit the pipeline") as caught:
         export(flux_base, sdxl_lora, tmp_path / "out")
     assert all(problem.subject.startswith("transformer: down_blocks") for problem in caught.value.problems[:2])
-    with pytest.raises(DoraServeError, match="not as onnx"):
-        export(sdxl_base, sdxl_lora, tmp_path / "out", to="onnx")
+    with pytest.raises(DoraServeError, match="safetensors or ONNX"):
+        export(sdxl_base, sdxl_lora, tmp_path / "out", to="nf4")
     with pytest.raises(DoraServeError, match="--reference peft"):
         export(sdxl_base, sdxl_lora, tmp_path / "out", reference="peft")
     (tmp_path / "empty").mkdir()
@@ -234,6 +234,47 @@ def test_pickles_are_copied_unread_and_not_merged_into(sdxl_base: Path, sdxl_lor
             assert any("vae" in note and "not read" in note for note in made.plan.notes)
     with pytest.raises(PlanError, match="weights of unet that are pickles"):
         export(tmp_path / "base", sdxl_lora, tmp_path / "out2")
+
+
+@pytest.mark.parametrize(
+    ("gone", "lacks"),
+    {
+        "text_encoder/model.safetensors": "weights",
+        "unet/config.json": "config.json",
+        "vae": "weights and config.json",
+    }.items(),
+)
+def test_a_base_that_is_not_whole_is_refused(
+    gone: str, lacks: str, sdxl_base: Path, sdxl_lora: Path, tmp_path: Path
+) -> None:
+    """As an interrupted download leaves it."""
+    shutil.copytree(sdxl_base, tmp_path / "base")
+    path = tmp_path / "base" / gone
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+    name = gone.partition("/")[0]
+    with pytest.raises(CheckpointError, match=rf"{name}/ \(\w+\) lacks {lacks}\.") as caught:
+        export(tmp_path / "base", sdxl_lora, tmp_path / "out")
+    assert f"--include '{name}/*'" in str(caught.value.remedy)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_a_pipeline_need_not_have(sdxl_base: Path, sdxl_lora: Path, tmp_path: Path) -> None:
+    """What is null, has no weights, or is a class that nobody knows here."""
+    shutil.copytree(sdxl_base, tmp_path / "base")
+    shutil.rmtree(tmp_path / "base" / "vae")
+    absent = {"vae": [None, None], "safety_checker": [None, None], "mel": ["audio_diffusion", "Mel"]}
+    absent |= {"feature_extractor": ["transformers", "CLIPImageProcessor"]}
+    rewrite_json(tmp_path / "base" / "model_index.json", **absent, tokenizer=["transformers", "CLIPTokenizer"])
+    made = export(tmp_path / "base", sdxl_lora, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "model_index.json").read_text())["vae"] == [None, None]
+    assert made.verification is not None
+    assert made.verification.passed
+    assert [note for note in made.plan.notes if "no such folder" in note] == [
+        "mel: model_index.json names it, and the base has no such folder."
+    ]
 
 
 DENOISERS: dict[str, tuple[str, dict[str, Any]]] = {
