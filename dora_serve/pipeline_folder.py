@@ -112,8 +112,8 @@ def _require_models(folder: Path, named: Mapping[str, tuple[str, str]], found: C
     words += [word for name in lacking for word in ("--include", f"{name}/*")]
     raise CheckpointError(
         f"The pipeline {str(folder)!r} is not whole: {INDEX_NAME} names models of which files are missing. {said}.",
-        remedy=f"Fetch the rest ({shlex.join(words)}), or give the whole folder. Where the pipeline is meant to be without "
-        f"it, {INDEX_NAME} says [null, null].",
+        remedy=f"Fetch the rest ({shlex.join(words)}), or give the whole folder. Where the pipeline is meant to be "
+        f"without it, {INDEX_NAME} says [null, null].",
         path=str(folder),
         lacking=lacking,
     )
