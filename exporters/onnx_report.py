@@ -121,7 +121,8 @@ def swap_text(check: Mapping[str, Any]) -> str:
     title = f"ONNX Runtime ({check['provider']}) with the adapter swapped in, how far from torch's unmerged forward"
     table = format_table(rows, ("", "largest", "allowed", "KL"))
     greedy = f"; {check['greedy_equal']} of {check['greedy_total']} go on alike" if check["greedy_total"] else ""
-    return f"{title}\n{table}\n{check['prompts']} prompts{greedy}."
+    layers = f" The file's tensors are the adapter in {check['layers_equal']} of {check['layers']} layers."
+    return f"{title}\n{table}\n{check['prompts']} prompts{greedy}.{layers if check['layers'] else ''}"
 
 
 def _optional(value: float | None) -> str:

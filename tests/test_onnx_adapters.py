@@ -166,24 +166,31 @@ def test_the_check_passes_and_sees_each_planted_fault(swaps: Callable[[str], Swa
     assert sound.kl < 1e-8
     assert sound.greedy_equal == sound.greedy_total == len(PROMPTS)
     assert sound.without_magnitude_max_abs > 100 * sound.tolerance
+    assert sound.layers == sound.layers_equal == len(swap.base.table.slots)
 
     def fault(name: str, change: Callable[[str, Any], Any]) -> Any:
-        values = onnxruntime.AdapterFormat.read_adapter(str(swap.file("dora"))).get_parameters()
-        changed = {key: np.ascontiguousarray(change(key, value.numpy())) for key, value in values.items()}
-        file = onnxruntime.AdapterFormat()
-        file.set_adapter_version(1)
-        file.set_model_version(1)
-        file.set_parameters({key: onnxruntime.OrtValue.ortvalue_from_numpy(value) for key, value in changed.items()})
-        file.export_adapter(str(tmp_path / name))
-        return check(tmp_path / name)
+        return check(with_changed(swap.file("dora"), tmp_path / name, change))
 
     ignored = fault("ignored", lambda key, value: 0 * value if "lora_B" in key else value**0)
     assert any("adapter ignored" in failure for failure in ignored.failures)
     assert not fault("magnitude", lambda key, value: value**0 if "norm_scale" in key else value).passed
     assert not fault("scaling", lambda key, value: 1.1 * value if "lora_B" in key else value).passed
     one = "model.layers.1.self_attn.k_proj.norm_scale"
-    assert not fault("one layer", lambda key, value: value**0 if key == one else value).passed
+    one_lost = fault("one layer", lambda key, value: value**0 if key == one else value)
+    assert any(f"1 of {sound.layers} layers" in failure for failure in one_lost.failures)
     assert not check(swap.file("lora")).passed
+
+
+def with_changed(source: Path, target: Path, change: Callable[[str, Any], Any]) -> Path:
+    """A copy of an adapter file with other tensors."""
+    values = onnxruntime.AdapterFormat.read_adapter(str(source)).get_parameters()
+    changed = {key: np.ascontiguousarray(change(key, value.numpy())) for key, value in values.items()}
+    file = onnxruntime.AdapterFormat()
+    file.set_adapter_version(1)
+    file.set_model_version(1)
+    file.set_parameters({key: onnxruntime.OrtValue.ortvalue_from_numpy(value) for key, value in changed.items()})
+    file.export_adapter(str(target))
+    return target
 
 
 def test_a_thousand_swaps_of_ten_ranks_stay_right_and_memory_flat(tmp_path: Path) -> None:
@@ -292,6 +299,10 @@ def test_slots_on_a_quantized_graph_take_norms_over_its_own_numbers(
     found = check_swap(base, file, swap.model, read_adapter(swap.adapters["dora"]), SAMPLES, greedy_tokens=2)
     assert found.failures == ()
     assert found.reference == "dequantized"
+    assert found.layers == found.layers_equal > 0
+    lost = with_changed(file, tmp_path / "lost", lambda key, value: value**0 if "norm_scale" in key else value)
+    judged = check_swap(base, lost, swap.model, read_adapter(swap.adapters["dora"]), SAMPLES, greedy_tokens=2)
+    assert any("another thing than the unmerged" in failure for failure in judged.failures)
     # A file whose norms were taken over the weights before they were quantized is another one.
     scales = [onnxruntime.AdapterFormat.read_adapter(str(path)).get_parameters() for path in (file, swap.file("dora"))]
     name = "model.layers.0.self_attn.q_proj.norm_scale"

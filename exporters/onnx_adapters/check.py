@@ -29,6 +29,7 @@ from exporters.onnx.check.torch_side import round_at_random, torch_answer, torch
 from exporters.onnx.check.weights import compare_weights
 from exporters.onnx.loading import load_model, quiet, require
 from exporters.onnx_adapters.adapter_file import SlottedBase
+from exporters.onnx_adapters.check_layers import differing_slots
 from exporters.onnx_adapters.linears import Linear
 from exporters.onnx_adapters.weights import weight_blocks
 
@@ -57,7 +58,8 @@ class SwapCheck:
     against torch's unmerged forward, whole prompts; decode_max_abs: through the cache; padded_max_abs: a padded batch
     of 4. tolerance and kl_limit: for the adapter's. effect_max_abs: how far the adapter moves torch's answers, 0 for
     one that changes nothing. without_magnitude_max_abs: the distance when the file's norm_scale is left out, which has
-    to be seen; None for LoRA. greedy_equal of greedy_total prompts go on with the same tokens.
+    to be seen; None for LoRA. layers_equal of layers: those whose tensors in the file do what the unmerged layer does.
+    greedy_equal of greedy_total prompts go on with the same tokens.
     reference: what torch ran: "base", or "dequantized" where the graph's weights are codes. lost_kl: what the graph
     without an adapter lost against torch's float32 of the model itself, quantizing included. not_run: why nothing was
     run, and every number is None then.
@@ -81,6 +83,8 @@ class SwapCheck:
     tolerance: float | None = None
     effect_max_abs: float | None = None
     without_magnitude_max_abs: float | None = None
+    layers: int = 0
+    layers_equal: int = 0
     greedy_equal: int = 0
     greedy_total: int = 0
 
@@ -137,6 +141,7 @@ def check_swap(
             wanted = [torch_answer(model, sample) for sample in samples]
             causal = kind_of(architecture) == "decoder"
             greedy = [torch_greedy(model, sample, greedy_tokens) for sample in samples] if causal else []
+            layers, differing = differing_slots(model, base.table, file)
             round_at_random(model, torch.float32)
             moved = [torch_answer(model, sample) for sample in samples]
         del model
@@ -155,9 +160,9 @@ def check_swap(
             lost = _on(base.table, _without_magnitude(file), as_inputs=True)
             spoiled = whole_answers(*where, failures, lost, runner(lost))
     exact = not packed and base.table.dtype == "float32"
-    tolerance = _tolerance(wanted, moved)
+    rounding = tolerance = _tolerance(wanted, moved)
     if not exact:
-        tolerance = max(tolerance, _BASE_FACTOR * _distance(without, plain))
+        tolerance = max(rounding, _BASE_FACTOR * _distance(without, plain))
     # Of a model that is not finite nothing may pass.
     tolerance = tolerance if tolerance < inf else 0.0
     expected = Expected(
@@ -168,8 +173,21 @@ def check_swap(
         failures.append(
             f"The graph's KL divergence from torch in float32 is {lost_kl:.3g}, and --max-kl is {max_kl:g}."
         )
+    if differing:
+        failures.append(
+            f"{len(differing)} of {layers} layers have tensors in the file that do another thing than the unmerged "
+            f"adapter, {differing[0]} among them."
+        )
     found = _judge(expected, plain, without, swapped, spoiled, exact=exact, failures=failures)
-    return replace(found, lost_kl=lost_kl)
+    # To the bit: however coarsely the graph computes, what it takes in shows.
+    if rounding < (found.effect_max_abs or 0) and _distance(swapped.answers, without) == 0:
+        failures.append("The graph answers as it does without the adapter: it is ignored.")
+    if spoiled is not None and _scales(file) and _distance(swapped.answers, spoiled) == 0:
+        failures.append("The graph answers as it does without the file's norm_scale: the magnitude is ignored.")
+    equal = layers - len(differing)
+    return replace(
+        found, passed=not failures, failures=tuple(failures), lost_kl=lost_kl, layers=layers, layers_equal=equal
+    )
 
 
 def _tolerance(wanted: Sequence[torch.Tensor], moved: Sequence[torch.Tensor]) -> float:
@@ -188,6 +206,12 @@ def _without_magnitude(file: AdapterFile) -> AdapterFile:
     """As a tool that takes DoRA for LoRA would serve it."""
     ones = {name: np.ones_like(value) for name, value in file.tensors.items() if name.endswith(".norm_scale")}
     return replace(file, tensors={**file.tensors, **ones})
+
+
+def _scales(file: AdapterFile) -> bool:
+    """Whether a norm scale is further from 1 than an adapter that was not trained has it by rounding."""
+    scales = [value for name, value in file.tensors.items() if name.endswith(".norm_scale")]
+    return any(float(np.abs(np.asarray(one, dtype=np.float32) - 1).max(initial=0)) > 0.02 for one in scales)
 
 
 def _serve_the_same(model: Any, packed: Sequence[Linear]) -> None:
