@@ -6,6 +6,8 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
+import onnx
 import pytest
 import transformers
 
@@ -47,9 +49,24 @@ def test_a_folder_agrees_with_torch_and_generates_the_same(model: Path, tmp_path
     report = check(model, made.folder)
     assert report.failures == ()
     assert report.greedy_equal == report.greedy_total == len(PROMPTS)
+    assert report.initializers == report.initializers_equal > 0
     assert report.kl is not None
     assert report.kl < 1e-8
     assert report.tolerance is not None
+
+
+def test_a_wrong_element_is_found_row_by_row(model: Path, tmp_path: Path) -> None:
+    """Of one token, in the table that embedding and head share, here (hidden, vocabulary)."""
+    made = export(model, tmp_path / "out")
+    graph = onnx.load(made.folder / "model.onnx", load_external_data=False)
+    (table,) = (one for one in graph.graph.initializer if one.name == "lm_head.MatMul.weight")
+    said = {entry.key: entry.value for entry in table.external_data}
+    with (made.folder / said["location"]).open("r+b") as file:
+        file.seek(int(said["offset"]) + 4 * 7)
+        file.write(np.float32(1e-4).tobytes())
+    report = check(model, made.folder)
+    assert any("lm_head.MatMul.weight" in failure for failure in report.failures)
+    assert report.initializers_equal == report.initializers - 1
 
 
 def test_the_loss_of_a_quantized_folder_is_measured(model: Path, tmp_path: Path) -> None:

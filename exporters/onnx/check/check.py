@@ -13,6 +13,7 @@ from exporters.onnx.architectures import architecture_of
 from exporters.onnx.check.answers import Got, Inputs, Weights
 from exporters.onnx.check.comparing import compare
 from exporters.onnx.check.genai_runner import GenaiRunner
+from exporters.onnx.check.genai_weights import compare_rows
 from exporters.onnx.check.memory import why_not_run
 from exporters.onnx.check.onnx_side import Runner, run_onnx
 from exporters.onnx.check.report import OnnxCheck
@@ -86,13 +87,19 @@ def check_onnx(
             check_structure(graphs, failures)
         too_large = why_not_run(model_folder, folder)
         if too_large is not None:
-            weights = compare_weights(graphs, model_folder, lambda name: None, failures)
+            if genai:
+                weights = compare_rows(graphs, model_folder, failures)
+            else:
+                weights = compare_weights(graphs, model_folder, lambda name: None, failures)
             return _not_run(dtype, weights, too_large, len(samples), failures)
         tell("running torch in float32 and float64")
         # Eager everything: what the exporter traced is sdpa and batched_mm.
         model = load_model(model_folder, attention="eager", experts="eager")
         state: Mapping[str, Tensor] = model.state_dict()
-        weights = Weights(0, 0) if genai else compare_weights(graphs, model_folder, state.get, failures)
+        if genai:
+            weights = compare_rows(graphs, model_folder, failures)
+        else:
+            weights = compare_weights(graphs, model_folder, state.get, failures)
         torch.nn.Module.to(model, device)
         stored = storage_dtype(model_folder) if reference_logits is not None else None
         expected = run_torch(model, samples, greedy_tokens, stored)

@@ -42,7 +42,7 @@ def compare_weights(
     checkpoint = open_checkpoint(model_folder)
     tensors: dict[str, onnx_ir.TensorProtocol] = {}
     for path in graphs:
-        tensors.update(_initializers(path, failures))
+        tensors.update(initializers_of(path, failures))
     weights = {
         name: tensor
         for name, tensor in tensors.items()
@@ -61,7 +61,7 @@ def compare_weights(
     equal, places = 0, defaultdict[str, set[object]](set)
     unequal = []
     for name, tensor in weights.items():
-        stored = _read(tensor)
+        stored = read_initializer(tensor)
         if stored is None:
             unequal.append(name)
         elif form_of(name).bits is not None:
@@ -75,7 +75,7 @@ def compare_weights(
             if stored.numel() * stored.itemsize >= _LARGE:
                 for origin in {one.removesuffix(TRANSPOSED) for one in found} or {own}:
                     places[origin].add(getattr(tensor, "offset", name))
-        _release(tensor)
+        release(tensor)
     if unequal:
         failures.append(
             f"{len(unequal)} of {len(weights)} weights in the graph do not equal the checkpoint's, such as "
@@ -101,7 +101,8 @@ def _stored_twice(weights: Found, places: Mapping[str, set[object]], checkpoint:
         yield f"{len(twice)} weights are stored more than once, such as {', '.join(sorted(twice)[:3])}."
 
 
-def _initializers(path: Path, failures: list[str]) -> dict[str, onnx_ir.TensorProtocol]:
+def initializers_of(path: Path, failures: list[str]) -> dict[str, onnx_ir.TensorProtocol]:
+    """Of a graph, by name, their data not read yet; a failure for a file that is none."""
     import onnx_ir
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
@@ -129,14 +130,15 @@ def _outside(tensor: onnx_ir.TensorProtocol) -> str | None:
     return None if location is None or PurePath(location).name == str(location) else str(location)
 
 
-def _release(tensor: onnx_ir.TensorProtocol) -> None:
+def release(tensor: onnx_ir.TensorProtocol) -> None:
+    """Let go of the mapped file."""
     import onnx_ir
 
     if isinstance(tensor, onnx_ir.ExternalTensor):
         tensor.release()  # a view that somebody still holds would keep the file in memory
 
 
-def _read(tensor: onnx_ir.TensorProtocol) -> Tensor | None:
+def read_initializer(tensor: onnx_ir.TensorProtocol) -> Tensor | None:
     """A copy of the tensor, None where the file is not there or too short."""
     dtype = _dtype(tensor)
     try:
@@ -199,7 +201,7 @@ def _is_quantized(
     if expected is None or values is None or scales is None:
         return False
     matrix = (expected.mT if form.transposed else expected).float().cpu().contiguous()
-    scale = stored if form.part == "scales" else _read(scales)
+    scale = stored if form.part == "scales" else read_initializer(scales)
     if scale is None or scale.shape[:-1] != matrix.shape[:-1]:
         return False
     block = (scale.shape[-1], -1)
