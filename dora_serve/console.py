@@ -57,7 +57,7 @@ class CommandParser(argparse.ArgumentParser):
         if not as_json:
             super().error(message)
         shown = {"type": "UsageError", "message": message, "remedy": f"{self.prog} --help"}
-        print(json.dumps({"error": shown}, indent=self.indent))
+        _print_json({"error": shown}, self.indent)
         sys.exit(EXIT_USAGE)
 
 
@@ -80,6 +80,8 @@ def run_command(
     program: what a message to a person begins with. An error goes to stderr in words, or to stdout as one JSON object,
     on one line where indent is None.
     """
+    if sys.stdout is None:  # closed by who started this: what is printed goes nowhere
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that lacks a character is no reason to end
     interrupted = threading.Event()
@@ -89,8 +91,7 @@ def run_command(
             sys.stdout.flush()
             return code
     except BrokenPipeError:
-        # The reader of a pipe went away (`| head`); the interpreter must not complain again while it closes stdout.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _print_no_more()
         return EXIT_FAILED
     except (Exception, KeyboardInterrupt) as error:
         if interrupted.is_set() or isinstance(error, KeyboardInterrupt):
@@ -138,9 +139,21 @@ def print_error(program: str, error: DoraServeError, *, as_json: bool, indent: i
     if as_json:
         facts = {key: value for key, value in error.facts.items() if key != "report"}
         shown = {"type": type(error).__name__, "message": error.message, "remedy": error.remedy, **facts}
-        print(json.dumps({"error": shown, "report": error.facts.get("report")}, indent=indent, default=str))
+        _print_json({"error": shown, "report": error.facts.get("report")}, indent)
         return
     print(f"{program}: {error}", file=sys.stderr)
+
+
+def _print_json(value: object, indent: int | None) -> None:
+    try:
+        print(json.dumps(value, indent=indent, default=str), flush=True)
+    except BrokenPipeError:
+        _print_no_more()
+
+
+def _print_no_more() -> None:
+    """The reader of a pipe went away (`| head`); the interpreter must not complain again while it closes stdout."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 FORMAT_NAMES = (

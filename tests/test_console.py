@@ -163,3 +163,14 @@ def test_a_complaint_after_parsing_is_json_as_well(parser: CommandParser, capsys
         printed = capsys.readouterr()
         assert "x does not melt" in (printed.out if as_json else printed.err)
         assert (printed.err if as_json else printed.out) == ""
+
+
+@pytest.mark.parametrize("arguments", [["inspect", "/nowhere", "--json"], ["merge", "--json"]])
+def test_a_reader_that_went_away_gets_no_traceback(arguments: list[str]) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "exporters.cli", *arguments]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writing)
+    assert done.returncode in (1, 2)
+    assert done.stderr == ""

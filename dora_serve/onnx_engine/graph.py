@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 MODEL_FILE = "model.onnx"
 _PAST, _PRESENT = "past_key_values.", "present."
 _DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16"}
+_GENAI = "onnxruntime-genai"
 _REMEDY = "Export a causal language model: dora-export merge ADAPTER --to onnx-adapters (or --to onnx)."
 
 
@@ -37,6 +38,13 @@ class Graph:
         if not path.is_file():
             raise CheckpointError(no_such_path("The ONNX model", path), remedy=_REMEDY, path=str(path))
         self._session = _open(path, device, threads)
+        if self._session.get_modelmeta().producer_name == _GENAI:
+            raise CheckpointError(
+                f"{str(path)!r} was made by ONNX Runtime GenAI's builder, and counts positions in a way of its own: "
+                "genai_config.json is missing beside it.",
+                remedy="Copy it from the export, or export again with --runtime genai.",
+                path=str(path),
+            )
         self.provider = str(self._session.get_providers()[0])
         self._inputs = {each.name: each for each in self._session.get_inputs()}
         self._outputs = [each.name for each in self._session.get_outputs()]

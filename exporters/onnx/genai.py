@@ -59,7 +59,14 @@ def genai_environment(python: str | None) -> GenaiEnvironment:
             remedy=_INSTALL,
             python=chosen,
         )
-    table = json.loads(done.stdout)
+    try:
+        table = json.loads(done.stdout)
+    except json.JSONDecodeError as error:
+        raise UnavailableError(
+            f"{chosen!r} is no Python: asked for its onnxruntime-genai, it says {done.stdout[:80]!r}.",
+            remedy=_INSTALL,
+            python=chosen,
+        ) from error
     return GenaiEnvironment(chosen, table["version"], frozenset(table["architectures"]))
 
 
