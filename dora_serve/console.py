@@ -97,6 +97,9 @@ def run_command(
         if interrupted.is_set() or isinstance(error, KeyboardInterrupt):
             # Whatever came of it: an import that is broken off may raise something else.
             print(f"\n{when_interrupted}", file=sys.stderr)
+            if as_json:
+                shown = {"type": "Interrupted", "message": when_interrupted, "remedy": None}
+                _print_json({"error": shown, "report": None}, indent)
             return EXIT_INTERRUPTED
         if isinstance(error, DoraServeError):
             print_error(program, error, as_json=as_json, indent=indent)

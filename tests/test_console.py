@@ -165,6 +165,16 @@ def test_a_complaint_after_parsing_is_json_as_well(parser: CommandParser, capsys
         assert (printed.err if as_json else printed.out) == ""
 
 
+def test_an_interrupt_is_told_to_machines_too(capsys: pytest.CaptureFixture[str]) -> None:
+    def run() -> int:
+        os.kill(os.getpid(), signal.SIGINT)
+        return 0
+
+    assert run_command("dora-test", run, as_json=True, when_interrupted="Nothing was changed.") == 130
+    said = json.loads(capsys.readouterr().out)
+    assert said["error"] == {"type": "Interrupted", "message": "Nothing was changed.", "remedy": None}
+
+
 @pytest.mark.parametrize("arguments", [["inspect", "/nowhere", "--json"], ["merge", "--json"]])
 def test_a_reader_that_went_away_gets_no_traceback(arguments: list[str]) -> None:
     reading, writing = os.pipe()
