@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import socket
+import tempfile
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from app.shared import Shared
+from dora_serve.cache_folder import cache_folder
 from dora_serve.errors import DoraServeError, UnavailableError
 from dora_serve.progress import OnProgress
 
@@ -29,12 +32,15 @@ def run(options: argparse.Namespace) -> int:
         _require_free(options.host, options.port)
     with TerminalProgress() as progress:
         shared = prepare(options, progress)
-    serve(shared, options)
+    try:
+        serve(shared, options)
+    finally:
+        shutil.rmtree(shared.uploads, ignore_errors=True)
     return 0
 
 
 def prepare(options: argparse.Namespace, progress: OnProgress) -> Shared:
-    """Load the base and the adapters, or reach the server."""
+    """Load the base and the adapters, or reach the server. The folder of uploads is made, for the caller to remove."""
     given = [(name, path) for name, path in options.adapter]
     backend: Backend
     if options.server is not None:
@@ -49,10 +55,9 @@ def prepare(options: argparse.Namespace, progress: OnProgress) -> Shared:
         given = [*given, *files]
     for name, path in given:
         backend.load(name, path)
-    cache = _cache()
     folders = [Path(path).absolute().parent for _, path in given if Path(path).exists()]
     folders = [*dict.fromkeys([*(folder.absolute() for folder in options.folder), *folders])]
-    uploads = cache / "uploads"
+    uploads = Path(tempfile.mkdtemp(prefix="uploads-", dir=_cache()))  # another app may stand on the same cache
     chosen = ("base", *(name for name, _ in options.adapter[:3])) if options.adapter else EXAMPLE_COLUMNS
     return Shared(backend, uploads, tuple(folders), chosen)
 
@@ -146,13 +151,12 @@ def _with_onnx(
 
 
 def _cache() -> Path:
-    """Where what this app makes for itself is kept: $XDG_CACHE_HOME/dora-serve, or ~/.cache/dora-serve."""
-    root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    folder = Path(root) / "dora-serve"
+    """The folder where what this app makes for itself is kept."""
+    folder = cache_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DoraServeError(
-            f"{str(folder)!r} cannot be made: {error.strerror}.", remedy="Set XDG_CACHE_HOME to a folder of your own."
+            f"{str(folder)!r} cannot be made: {error.strerror}.", remedy="Set DORA_SERVE_CACHE to a folder of your own."
         ) from error
     return folder

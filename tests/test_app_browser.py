@@ -27,11 +27,10 @@ DEFAULT = ["base", "dates-lora", "dates-dora"]
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory, smollm2: Path) -> Iterator[str]:
     cache = tmp_path_factory.mktemp("cache")
-    (cache / "dora-serve").mkdir()
-    (cache / "dora-serve" / "smollm2-135m").symlink_to(smollm2)  # what it would make itself, in a minute
+    (cache / "smollm2-135m").symlink_to(smollm2)  # what it would make itself, in a minute
     port = free_port()
     command = [sys.executable, "-m", "dora_serve.cli", "app", "--port", str(port)]
-    environment = os.environ | {"XDG_CACHE_HOME": str(cache), "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {"DORA_SERVE_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
     log = (cache / "log").open("w+")
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
     address = f"http://127.0.0.1:{port}/"

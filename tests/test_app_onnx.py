@@ -39,7 +39,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_graph_and_engine_answer_side_by_side(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("DORA_SERVE_CACHE", str(tmp_path))
     given = ["app", str(folders / "base"), "--adapter", f"dora={folders / 'adapters' / 'dora'}"]
     options = build_parser().parse_args([*given, "--onnx", str(folders / "graph")])
     shared = prepare(options, ignore_progress)
@@ -66,7 +66,7 @@ def test_graph_and_engine_answer_side_by_side(folders: Path, tmp_path: Path, mon
 
 
 def test_one_stream_of_two_can_be_cancelled(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("DORA_SERVE_CACHE", str(tmp_path))
     options = build_parser().parse_args(["app", str(folders / "base"), "--onnx", str(folders / "graph")])
     backend = prepare(options, ignore_progress).backend
     requests = [Request(PROMPT, adapter=f"dora{MARK}", max_tokens=200, ignore_eos=True), Request(PROMPT, max_tokens=4)]

@@ -57,6 +57,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
             "HF_TOKEN": OF_THE_MACHINE,
             "HOME": str(home),
             "XDG_CACHE_HOME": str(home / "cache"),
+            "DORA_SERVE_CACHE": str(home / "cache"),
             "TMPDIR": str(home),
             "NO_PROXY": "*",
             "no_proxy": "*",

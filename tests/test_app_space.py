@@ -30,7 +30,8 @@ def url(tmp_path_factory: pytest.TempPathFactory, smollm2: Path) -> Iterator[str
     shutil.copy(ROOT / "app" / "requirements.txt", folder)
     (entry,) = re.findall("^app_file: (.+)$", (folder / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
     port = str(free_port())
-    environment = {name: value for name, value in os.environ.items() if name not in ("XDG_CACHE_HOME", "HF_HOME")}
+    homes = ("DORA_SERVE_CACHE", "XDG_CACHE_HOME", "HF_HOME")
+    environment = {name: value for name, value in os.environ.items() if name not in homes}
     environment |= {"HOME": "/proc/none", "GRADIO_SERVER_PORT": port, "DORA_SERVE_BASE": str(smollm2)}
     log = folder / "log"
     with log.open("w") as out:

@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 
 from app.cli import prepare
+from app.shared import Shared
+from app.uploads import unpack
 from dora_serve.cli import build_parser, main
 from dora_serve.errors import UnavailableError
 from dora_serve.progress import ignore_progress
@@ -30,8 +32,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    return tmp_path / "dora-serve"
+    monkeypatch.setenv("DORA_SERVE_CACHE", str(tmp_path / "kept"))
+    return tmp_path / "kept"
 
 
 def _options(*arguments: str) -> argparse.Namespace:
@@ -67,7 +69,7 @@ def test_a_base_and_adapters_are_loaded_and_their_folders_may_be_read(folders: P
     assert shared.columns() == ["base", "mine"]
     assert shared.first_columns(shared.columns()) == ["base", "mine"]
     assert shared.source(str(adapters / "lora")) == adapters / "lora"
-    assert shared.uploads == cache / "uploads"
+    assert shared.uploads.parent == cache
     elsewhere = prepare(_options(str(folders / "base"), "--folder", str(folders)), ignore_progress)
     assert elsewhere.columns() == ["base"]
     assert elsewhere.folders == (folders,)
@@ -101,6 +103,34 @@ def test_what_is_missing_is_said(
     monkeypatch.setitem(sys.modules, "gradio", None)
     assert main(["app", str(folders / "base")]) == 1
     assert "pip install 'dora-serve[app]'" in capsys.readouterr().err
+
+
+def test_uploads_do_not_outlive_the_app(folders: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own: those of another app on the same cache stay."""
+    dora = folders / "adapters" / "dora"
+    files = [dora / "adapter_model.safetensors", dora / "adapter_config.json"]
+    seen = []
+
+    def interrupted(shared: Shared, options: argparse.Namespace) -> None:
+        shared.backend.load("mine", unpack(files, shared.uploads))
+        seen.extend(cache.rglob("upload-*"))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("app.cli.serve", interrupted)
+    other = unpack(files, prepare(_options(str(folders / "base")), ignore_progress).uploads)
+    assert main(["app", str(folders / "base")]) == 130
+    assert len(seen) == 2
+    assert list(cache.rglob("upload-*")) == [other]
+    assert list(cache.glob("uploads-*")) == [other.parent]
+
+
+def test_a_cache_that_cannot_be_made_is_said(
+    folders: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("DORA_SERVE_CACHE", str(tmp_path / "file" / "cache"))
+    assert main(["app", str(folders / "base")]) == 1
+    assert "Set DORA_SERVE_CACHE to a folder of your own." in capsys.readouterr().err
 
 
 def test_a_space_serves_the_example_adapters(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dora_serve.cache_folder import cache_folder
+
 MOST_BYTES = 256 << 20
 """Of all files together; those that were used longest ago go first."""
 
@@ -26,11 +28,8 @@ _FORMAT = b"dora-serve norm scales 2"
 
 
 def default_folder() -> Path:
-    """$DORA_SERVE_CACHE/norm_scales, else $XDG_CACHE_HOME/dora-serve/norm_scales, else ~/.cache/dora-serve/..."""
-    root = os.environ.get("DORA_SERVE_CACHE")
-    if root:
-        return Path(root) / "norm_scales"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dora-serve" / "norm_scales"
+    """In this project's cache (dora_serve.cache_folder)."""
+    return cache_folder() / "norm_scales"
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import hashlib
 import os
 from pathlib import Path
 
+from dora_serve.cache_folder import cache_folder
 from dora_serve.formats import ReadOptions
 from dora_serve.progress import OnProgress, ignore_progress
 from exporters.convert.run import VLLM, ConvertRequest, convert, write_conversion
@@ -15,12 +16,4 @@ def converted(adapter: str, base: str, read: ReadOptions, on_progress: OnProgres
     """The folder, written anew: the files that it was made from may be others now. Raises what `convert` raises."""
     conversion = convert(ConvertRequest(adapter, VLLM, base=base, read=read), on_progress)
     name = hashlib.sha256(repr((os.path.abspath(adapter), base, read.format)).encode()).hexdigest()[:16]
-    return write_conversion(conversion, _cache() / name, overwrite=True)
-
-
-def _cache() -> Path:
-    """$DORA_SERVE_CACHE/vllm, else $XDG_CACHE_HOME/dora-serve/vllm, else ~/.cache/dora-serve/vllm."""
-    root = os.environ.get("DORA_SERVE_CACHE")
-    if root:
-        return Path(root) / "vllm"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dora-serve" / "vllm"
+    return write_conversion(conversion, cache_folder() / "vllm" / name, overwrite=True)

@@ -15,18 +15,16 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+from dora_serve.cache_folder import cache_folder
+
 MAX_BYTES = 256 << 20
 _SUFFIX = ".graph"
 _DIGEST = 64
 
 
 def default_cache() -> Path:
-    """$DORA_SERVE_CACHE/onnx, else $XDG_CACHE_HOME/dora-serve/onnx, else ~/.cache/dora-serve/onnx."""
-    root = os.environ.get("DORA_SERVE_CACHE")
-    if root:
-        return Path(root) / "onnx"
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(home) / "dora-serve" / "onnx"
+    """In this project's cache (dora_serve.cache_folder)."""
+    return cache_folder() / "onnx"
 
 
 def digest_of(facts: Mapping[str, object]) -> str:

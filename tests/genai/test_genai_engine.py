@@ -204,7 +204,7 @@ def test_what_it_cannot_serve_is_refused(root: Path, tmp_path: Path) -> None:
 def test_generate_and_the_page_take_such_a_folder(
     root: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("DORA_SERVE_CACHE", str(tmp_path))
     files = [f"--adapter={name}={root}/exported/adapters/{name}.onnx_adapter" for name in ("lora", "dora")]
     given = ["generate", str(root / "exported"), *files, "--prompt", "a c e", "--max-tokens", "6", "--json"]
     assert main(given) == 0
