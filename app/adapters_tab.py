@@ -1,6 +1,6 @@
 """The Adapters tab: what is loaded, and adding, replacing and removing while others generate."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +8,11 @@ from app import render
 from app.shared import Shared, name_for, require_name
 from app.uploads import unpack
 from dora_serve.errors import DoraServeError
+
+
+def _named_by(files: Sequence[Path]) -> str:
+    """Of files that were uploaded together, in whatever order: the weights' name, every configuration has one name."""
+    return next((path for path in files if path.suffix.lower() == ".safetensors"), files[0]).stem
 
 
 def add_adapters_tab(shared: Shared, refreshed: list[Any], refresh: Callable[..., list[Any]]) -> Any:
@@ -59,7 +64,7 @@ def add_adapters_tab(shared: Shared, refreshed: list[Any], refresh: Callable[...
             if paths and where.strip():
                 raise DoraServeError("Both a folder and files are given.", remedy="Take one of them away.")
             source = unpack(paths, shared.uploads) if paths else shared.source(where)
-            given = require_name(called.strip()) or name_for(paths[0].stem if paths else source)
+            given = require_name(called.strip()) or name_for(_named_by(paths) if paths else source)
             before = shared.loaded_from(given)
             report = backend.load(given, source, replace=instead)
         except DoraServeError as error:

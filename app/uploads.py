@@ -27,8 +27,10 @@ _BROKEN: tuple[type[Exception], ...] = (
     EOFError,
     OSError,
     ValueError,
+    IndexError,
 )
-"""What zipfile raises, depending on where an archive is damaged; RuntimeError for a password."""
+"""What zipfile raises, depending on where an archive is damaged; RuntimeError for a password, IndexError for a name
+that begins with a null byte."""
 _KEPT = (".safetensors", ".json", ".md", ".txt")
 
 
@@ -98,6 +100,10 @@ def _unzip(path: Path, folder: Path, most_bytes: int) -> Path:
 def _require_confined(entry: zipfile.ZipInfo) -> None:
     name = entry.filename
     where = PurePosixPath(name.replace("\\", "/"))
+    if not where.parts:
+        raise AdapterError(
+            f"The upload is refused: its entry {name!r} names no file.", remedy="Zip the adapter's plain files."
+        )
     climbs = where.is_absolute() or ".." in where.parts or ":" in where.parts[0]
     if climbs or stat.S_ISLNK(entry.external_attr >> 16):
         what = "climbs out of its folder" if climbs else "is a link"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 import time
 import zipfile
@@ -142,7 +143,9 @@ def test_an_adapter_is_added_used_replaced_and_removed(url: str, folders: Path, 
     assert "Added mine: LoRA of rank 4 on 6 modules" in _add(one, str(folders / "adapters" / "lora"), name="mine")
     assert "mine" in _names(one)
     assert _generate(one, ["mine"])[0]["text"] == _alone(engine, "lora")
-    assert "already" in _add(one, str(folders / "adapters" / "dora"), name="mine")
+    already = _add(one, str(folders / "adapters" / "dora"), name="mine")
+    assert "already" in already
+    assert "or replace that one." in already
     assert "Replaced mine: DoRA of rank 2" in _add(one, str(folders / "adapters" / "dora"), name="mine", replace=True)
     assert _generate(one, ["mine"])[0]["text"] == _alone(engine, "dora")
     assert "Removed mine" in one.predict("mine", [BASE], api_name="/remove_adapter")[0]
@@ -167,6 +170,9 @@ def test_an_adapter_is_uploaded_and_used(url: str, folders: Path, engine: Engine
     folder = folders / "adapters" / "dora"
     files = [folder / "adapter_model.safetensors", folder / "adapter_config.json"]
     assert "Added loose" in _add(one, files=files, name="loose")
+    called = shutil.copyfile(files[0], tmp_path / "style.safetensors")
+    assert "Added style" in _add(one, files=[files[1], called])
+    one.predict("style", [BASE], api_name="/remove_adapter")
     path = tmp_path / "packed.zip"
     with zipfile.ZipFile(path, "w") as archive:
         for file in files:

@@ -181,6 +181,16 @@ def test_a_zip_that_climbs_out_is_refused(tmp_path: Path, name: str) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.zip", "into"]
 
 
+def test_a_zip_with_an_entry_that_names_no_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(AdapterError, match="names no file"):
+        unpack([_zip(tmp_path / "a.zip", {**GOOD, ".": b"x"})], tmp_path / "into")
+    unnamed = _zip(tmp_path / "b.zip", {**GOOD, "Q.json": b"x"})
+    unnamed.write_bytes(unnamed.read_bytes().replace(b"Q.json", b"\0.json"))
+    with pytest.raises(AdapterError, match="cannot be unpacked"):
+        unpack([unnamed], tmp_path / "into")
+    assert not list((tmp_path / "into").iterdir())
+
+
 def test_a_zip_with_links_or_too_much_in_it_is_refused(tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match="is a link"):
         unpack([_zip(tmp_path / "a.zip", GOOD, link="adapter_x.json")], tmp_path / "into")

@@ -20,7 +20,7 @@ def require_name(name: object, taken: Mapping[str, Path], replace: bool) -> None
     if name in taken and not replace:
         raise EngineError(
             f"There is an adapter {name!r} already, from {str(taken[name])!r}.",
-            remedy="Give this one another name, or load it with replace=True.",
+            remedy="Give this one another name, or replace that one.",
             adapter=name,
         )
 

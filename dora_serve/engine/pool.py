@@ -255,7 +255,7 @@ class AdapterPool:
             raise EngineError(
                 f"The adapter {entry.name!r} was moved out of memory, and since it was loaded its files in "
                 f"{str(entry.path)!r} {how}.",
-                remedy="Load it again with replace=True.",
+                remedy="Load it again in its own place.",
                 adapter=entry.name,
             )
         adapter = read_adapter(entry.path, entry.options)
