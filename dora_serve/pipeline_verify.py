@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dora_serve.checkpoint import open_checkpoint, read_json
+from dora_serve.checkpoint import CONFIG_NAME, open_checkpoint, read_json
 from dora_serve.errors import CheckpointError, DoraServeError
 from dora_serve.forward_report import ForwardOptions
+from dora_serve.pipeline_files import changed_files
 from dora_serve.pipeline_folder import INDEX_NAME
 from dora_serve.pipeline_plan import PipelinePlan
 from dora_serve.plan import MergePlan
@@ -21,7 +22,8 @@ from dora_serve.verify import VerifyReport, verify
 @dataclass(frozen=True)
 class PipelineReport:
     """components: the report of each component with weights, by folder; one that is not adapted has no forward.
-    index: what model_index.json says otherwise than the base's, in sentences.
+    index: what model_index.json says otherwise than the base's, and which files that are no model's are other, in
+    sentences.
     """
 
     components: Mapping[str, VerifyReport]
@@ -78,8 +80,8 @@ def verify_pipeline(
             own = options if name.startswith("text_encoder") else replace(options, prompts=None)
             reports[name] = verify(part, merged / name, own, tokenizer_folder=tokenizer, on_progress=say)
         else:
-            reports[name] = _check_copy(part, merged / name, say)
-    return PipelineReport(reports, plan.adapted, _index_failures(plan, merged))
+            reports[name] = check_copy(part, merged / name, say)
+    return PipelineReport(reports, plan.adapted, (*_index_failures(plan, merged), *changed_files(plan, merged)))
 
 
 def require_native(options: ForwardOptions) -> None:
@@ -100,12 +102,15 @@ def in_component(name: str, on_progress: OnProgress) -> OnProgress:
     return say
 
 
-def _check_copy(plan: MergePlan, merged: Path, on_progress: OnProgress) -> VerifyReport:
+def check_copy(plan: MergePlan, merged: Path, on_progress: OnProgress = ignore_progress) -> VerifyReport:
+    """Whether the folder of a component holds what is planned, without running it."""
     try:
         checkpoint = open_checkpoint(merged)
         tensors = check_tensors(plan, checkpoint, on_progress=on_progress)
     except CheckpointError as error:
         return VerifyReport(None, None, str(error))
+    if plan.base.config and not checkpoint.config:
+        return VerifyReport(tensors, None, config=f"{CONFIG_NAME} is not there")
     return VerifyReport(tensors, None, config=config_difference(plan, checkpoint))
 
 

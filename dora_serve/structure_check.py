@@ -244,8 +244,15 @@ def config_difference(plan: MergePlan, merged: ShardedCheckpoint) -> str | None:
     Only keys that both have are compared, since versions of transformers add keys and rename them (rope_theta became
     rope_parameters). What the plan changes, and ties, are findings of `check_structure` by themselves.
     """
-    judged = {*plan.config_changes, ("tie_word_embeddings",), ("text_config", "tie_word_embeddings")}
-    found = {path: pair for path, pair in _differing(plan.base.config, merged.config) if path not in judged}
+    return difference(plan.base.config, merged.config, judged=plan.config_changes)
+
+
+def difference(
+    wanted: Mapping[str, object], got: Mapping[str, object], *, judged: Collection[tuple[str, ...]] = ()
+) -> str | None:
+    """`config_difference` of two configurations, but for the paths that are `judged` elsewhere."""
+    elsewhere = {*judged, ("tie_word_embeddings",), ("text_config", "tie_word_embeddings")}
+    found = {path: pair for path, pair in _differing(wanted, got) if path not in elsewhere}
     if not found:
         return None
     shown = [f"{'.'.join(path)} = {got!r}, wanted {wanted!r}" for path, (wanted, got) in list(found.items())[:6]]

@@ -311,11 +311,14 @@ def export_onnx_pipeline(
     """
     from exporters.onnx.components import export_pipeline
     from exporters.onnx.forecast import provider_notes
+    from exporters.onnx.genai import copy_missing
     from exporters.onnx.options import OnnxOptions
 
     chosen, say = options.onnx or OnnxOptions(), _in_words(on_progress)
     names = tuple(plan.components)
     made = export_pipeline(merged, out, names, chosen, metadata=metadata, on_progress=say)
+    # Pickles are not among what a model's folder has beside its weights, and belong to the pipeline.
+    copy_missing(plan.base.folder, out, tuple(relative for _, relative in plan.side_files))
     values = made.to_json()
     values["notes"] = [*made.notes, *provider_notes(chosen)]
     if verification is None:

@@ -94,6 +94,8 @@ def _verify_onnx_pipeline(
     folder: Path, sources: Sources, options: ForwardOptions, on_progress: OnProgress
 ) -> FolderReport:
     """The graphs of a pipeline, whoever made them, beside a merge of our own."""
+    from exporters.onnx.check.whole import check_whole
+
     plan = plan_sources(sources)
     if not isinstance(plan, PipelinePlan):
         raise CheckpointError(
@@ -108,12 +110,8 @@ def _verify_onnx_pipeline(
         assert isinstance(report, PipelineReport)
         device = "cuda" if torch.cuda.is_available() and options.device != "cpu" else "cpu"
         found = compare_onnx_pipeline(folder, merged, plan, report, device, on_progress)
-    failures = [failure for one in found for failure in one.failures]
-    failures += [
-        f"{name}: the adapter changes it, and the folder has no graph of it."
-        for name in plan.adapted
-        if not any(one.folder.startswith(name) for one in found)
-    ]
+        missing = check_whole(folder, merged, plan)
+    failures = [failure for one in found for failure in one.failures] + list(missing)
     return FolderReport(report, onnx_failures=tuple(failures), graphs=tuple(one.to_json() for one in found))
 
 

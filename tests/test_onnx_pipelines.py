@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,13 @@ import onnxruntime
 import pytest
 import torch
 
+from dora_serve.formats import ReadOptions
+from dora_serve.pipeline_plan import PipelinePlan
 from exporters.cli import main
-from tests.cases import noise
+from exporters.onnx.check.whole import check_whole
+from exporters.parts import write_plan
+from exporters.sources import open_sources, plan_sources
+from tests.cases import noise, rewrite_json, rewrite_tensors
 from tests.pipelines import ATTENTION, CLIP, flux, load, save_adapter, sdxl
 
 
@@ -112,9 +117,105 @@ def test_verify_passes_it_and_fails_one_whose_adapter_was_left_out(
         assert any(failure.startswith(f"{part}: ") and "differs from torch" in failure for failure in failures)
         assert any("do not equal the checkpoint's" in failure for failure in failures)
         assert not any(failure.startswith("vae") for failure in failures)
-    shutil.rmtree(wrong / "unet")
-    assert main(["verify", str(wrong), *asked]) == 1
-    assert "no graph of it" in capsys.readouterr().out
+    missing = shutil.copytree(root / "onnx", tmp_path / "missing")
+    for part in ("text_encoder", "vae_encoder", "scheduler"):
+        shutil.rmtree(missing / part)
+    assert main(["verify", str(missing), *asked]) == 1
+    failures = json.loads(capsys.readouterr().out)["failures"]
+    assert [failure.partition(":")[0].partition("/")[0] for failure in failures] == ["text_encoder", "vae", "scheduler"]
+
+
+def change_scheduler(folder: Path) -> None:
+    rewrite_json(folder / "scheduler" / "scheduler_config.json", beta_start=0.5)
+
+
+def zero_the_vae(folder: Path) -> None:
+    """Of a folder that has the VAE as its graphs and as safetensors."""
+    for part in ("vae_encoder", "vae_decoder"):
+        shutil.rmtree(folder / part)
+
+    def zero(tensors: dict[str, torch.Tensor]) -> None:
+        for tensor in tensors.values():
+            tensor.zero_()
+
+    rewrite_tensors(folder / "vae" / "diffusion_pytorch_model.safetensors", zero)
+
+
+FAULTS: Mapping[str, tuple[Callable[[Path], object], str]] = {
+    "a component whose name starts another's": (
+        lambda folder: shutil.rmtree(folder / "text_encoder"),
+        "text_encoder: the adapter changes it, and the folder has no graph of it.",
+    ),
+    "half of the VAE": (
+        lambda folder: shutil.rmtree(folder / "vae_encoder"),
+        "vae: vae_encoder/model.onnx is not there.",
+    ),
+    "all of the VAE": (
+        lambda folder: [shutil.rmtree(folder / part) for part in ("vae_encoder", "vae_decoder")],
+        "vae: the base has it, and the folder has no graph of it.",
+    ),
+    "zeros": (zero_the_vae, "vae: "),
+    "no configuration": (lambda folder: (folder / "unet" / "config.json").unlink(), "unet: config.json is not there."),
+    "another configuration": (
+        lambda folder: rewrite_json(folder / "vae_decoder" / "config.json", scaling_factor=9.0),
+        "vae_decoder: config.json says scaling_factor = 9.0",
+    ),
+    "no scheduler": (
+        lambda folder: (folder / "scheduler" / "scheduler_config.json").unlink(),
+        "scheduler/scheduler_config.json is in the base, and not in the folder.",
+    ),
+    "another scheduler": (change_scheduler, "scheduler/scheduler_config.json is not what the base has."),
+    "another class": (
+        lambda folder: rewrite_json(folder / "model_index.json", scheduler=["diffusers", "DDIMScheduler"]),
+        "model_index.json says scheduler",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def planned(root: Path) -> tuple[Path, PipelinePlan]:
+    """A merge, and its plan."""
+    adapter, _, base = given(root)
+    plan = plan_sources(open_sources(adapter, base, ReadOptions()))
+    assert isinstance(plan, PipelinePlan)
+    (root / "merged").mkdir()
+    write_plan(plan, root / "merged", lambda part: {})
+    return root / "merged", plan
+
+
+def test_a_whole_pipeline_is_whole(root: Path, planned: tuple[Path, PipelinePlan], tmp_path: Path) -> None:
+    """As it was written, and with the VAE as safetensors, where it could not be traced."""
+    folder = shutil.copytree(root / "onnx", tmp_path / "onnx")
+    assert check_whole(folder, *planned) == ()
+    for part in ("vae_encoder", "vae_decoder"):
+        shutil.rmtree(folder / part)
+    shutil.copytree(root / "sdxl" / "vae", folder / "vae")
+    assert check_whole(folder, *planned) == ()
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_is_missing_or_other(fault: str, root: Path, planned: tuple[Path, PipelinePlan], tmp_path: Path) -> None:
+    plant, said = FAULTS[fault]
+    folder = shutil.copytree(root / "onnx", tmp_path / "onnx")
+    if fault == "zeros":
+        shutil.copytree(root / "sdxl" / "vae", folder / "vae")
+    plant(folder)
+    failures = check_whole(folder, *planned)
+    assert failures
+    assert all(failure.startswith(said) for failure in failures)
+
+
+def test_a_component_of_pickles_is_copied(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = shutil.copytree(root / "sdxl", tmp_path / "sdxl")
+    (base / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    (base / "vae" / "diffusion_pytorch_model.bin").write_bytes(b"not even a pickle")
+    asked = [given(root)[0], "--base", str(base)]
+    assert main(["merge", *asked, "--to", "onnx", "-o", str(tmp_path / "onnx")]) == 0
+    copied = tmp_path / "onnx" / "vae" / "diffusion_pytorch_model.bin"
+    assert copied.read_bytes() == b"not even a pickle"
+    copied.unlink()
+    assert main(["verify", str(tmp_path / "onnx"), "--adapter", *asked]) == 1
+    assert "vae/diffusion_pytorch_model.bin is in the base, and not in the folder." in capsys.readouterr().out
 
 
 def test_flux_and_what_is_refused(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor
@@ -234,6 +235,38 @@ def test_pickles_are_copied_unread_and_not_merged_into(sdxl_base: Path, sdxl_lor
             assert any("vae" in note and "not read" in note for note in made.plan.notes)
     with pytest.raises(PlanError, match="weights of unet that are pickles"):
         export(tmp_path / "base", sdxl_lora, tmp_path / "out2")
+
+
+def test_the_files_beside_the_models_are_verified(sdxl_base: Path, sdxl_lora: Path, tmp_path: Path) -> None:
+    """A tokenizer that transformers saves in other files is the same; one of another vocabulary is not."""
+    base, merged = shutil.copytree(sdxl_base, tmp_path / "base"), tmp_path / "merged"
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    words = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{one}</w>" for one in letters), "ca", "cat</w>"]
+    tokenizer = base / "tokenizer"
+    tokenizer.mkdir()
+    (tokenizer / "vocab.json").write_text(json.dumps({word: index for index, word in enumerate(words)}))
+    (tokenizer / "merges.txt").write_text("#version: 0.2\nc a\nca t</w>\n")
+    (tokenizer / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "CLIPTokenizer", "model_max_length": 77})
+    )
+    rewrite_json(base / "model_index.json", tokenizer=["transformers", "CLIPTokenizer"])
+    export(base, sdxl_lora, merged, verify=False)
+    again = transformers.AutoTokenizer.from_pretrained(tokenizer)
+    shutil.rmtree(merged / "tokenizer")
+    again.save_pretrained(merged / "tokenizer")
+    assert not (merged / "tokenizer" / "merges.txt").exists()
+    rewrite_json(merged / "scheduler" / "scheduler_config.json", _diffusers_version="0.0.1")
+    report = verified(base, sdxl_lora, merged)
+    assert report.passed, report.to_json()["failures"]
+    saved = json.loads((merged / "tokenizer" / "tokenizer.json").read_text())
+    saved["model"]["vocab"] |= {"a": saved["model"]["vocab"]["b"], "b": saved["model"]["vocab"]["a"]}
+    (merged / "tokenizer" / "tokenizer.json").write_text(json.dumps(saved))
+    (merged / "scheduler" / "scheduler_config.json").unlink()
+    (merged / "vae" / "config.json").unlink()
+    failures = "\n".join(verified(base, sdxl_lora, merged).model.failures)
+    assert "tokenizer/merges.txt is in the base, and not in the folder." in failures
+    assert "scheduler/scheduler_config.json is in the base, and not in the folder." in failures
+    assert "vae: config.json is not there" in failures
 
 
 @pytest.mark.parametrize(
