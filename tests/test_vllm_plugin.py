@@ -13,9 +13,7 @@ import torch
 from dora_serve.vllm_plugin import is_tested, register
 from dora_serve.vllm_plugin.on_import import on_import
 from dora_serve.vllm_plugin.patches import _scaled
-from dora_serve.vllm_plugin.scaling import Batch, SlotScales, define_operator, scale_rows
-
-IN_USE = torch.ones(1, dtype=torch.bool)
+from dora_serve.vllm_plugin.scaling import NO_DORA, SEVERAL, Batch, SlotScales, define_operator, scale_rows
 
 
 def test_vllm_finds_the_plugin() -> None:
@@ -84,9 +82,11 @@ def _one_batch(
     scales.set(0, norm_scale)
     scales.set(1, None)
     rows = torch.randn(5, 8, generator=generator).to(dtype)
-    slots = torch.tensor([0, 1, -1, 0, 2, 77])  # one more than there are tokens
+    batch = Batch(torch.zeros(6, dtype=torch.long))
+    batch.slots = {0}
+    batch.update(torch.tensor([0, 1, -1, 0, -1, 77]), (7, 8, 0, 7, 0), [7, 8])  # one more than there are tokens
     before = rows.clone()
-    scale_rows(rows, scales.norm_scale, scales.offset, slots, IN_USE)
+    scale_rows(rows, scales.norm_scale, scales.offset, batch.rows, batch.row)
     return before, rows, norm_scale, scales
 
 
@@ -127,24 +127,28 @@ def test_a_slot_that_is_given_to_a_lora_is_as_new() -> None:
 
 def test_nothing_is_done_for_a_batch_without_a_dora() -> None:
     rows = torch.ones(2, 4)
-    scale_rows(rows, torch.full((2, 4), 5.0), None, torch.tensor([0, 0]), torch.zeros(1, dtype=torch.bool))
+    scale_rows(rows, torch.full((2, 4), 5.0), None, torch.tensor([0, 0]), torch.tensor([NO_DORA]))
     assert torch.equal(rows, torch.ones(2, 4))
 
 
 def test_a_batch_knows_whether_a_token_belongs_to_a_dora() -> None:
-    batch = Batch()
+    batch = Batch(torch.zeros(3, dtype=torch.long))
     batch.slots = {1}
-    for adapters, adapter_in_slot, in_use in (
-        ((0, 0, 0), [7, 9], False),
-        ((7, 7, 0), [7, 9], False),
-        ((7, 9, 0), [7, 9], True),
-        ((7, 9, 0), [9, 7], True),  # slot 1 holds 7 now
-        ((9, 9, 0), [9, 7], False),
-        ((0, 0, 0), [9, None], False),  # a slot that was emptied since
+    for adapters, adapter_in_slot, row in (
+        ((0, 0, 0), [7, 9], NO_DORA),
+        ((7, 7, 0), [7, 9], NO_DORA),
+        ((7, 9, 0), [7, 9], SEVERAL),
+        ((7, 9, 0), [9, 7], SEVERAL),  # slot 1 holds 7 now
+        ((9, 9, 0), [9, 7], NO_DORA),
+        ((7, 7, 7), [9, 7], 1),
+        ((0, 0, 0), [9, None], NO_DORA),  # a slot that was emptied since
     ):
-        batch.update(adapters, adapter_in_slot)
-        assert batch.any_in_use is in_use
-        assert bool(batch.in_use) is in_use
+        slots = [adapter_in_slot.index(one) if one else -1 for one in adapters]
+        batch.update(torch.tensor(slots), adapters, adapter_in_slot)
+        assert batch.any_in_use is (row != NO_DORA)
+        assert batch.row.item() == row
+        if row != NO_DORA:
+            assert batch.rows.tolist() == [2 if slot == -1 else slot for slot in slots]
 
 
 @pytest.fixture(scope="module")
@@ -156,9 +160,8 @@ def test_compiled_code_looks_at_the_batch_whenever_it_runs(operator: None) -> No
     """As vLLM compiles a layer: in one graph, with buffers that are attributes, and no guards on what is in them."""
     scales = SlotScales(2, 6, torch.device("cpu"), torch.ones(6))
     scales.set(0, torch.linspace(0.5, 3, 6))
-    batch = Batch()
-    wrapper = types.SimpleNamespace(dora=batch, _token_lora_indices=torch.full((16,), -1))
-    layer = types.SimpleNamespace(punica_wrapper=wrapper, slot_scales=scales)
+    batch, slots = Batch(torch.zeros(16, dtype=torch.long)), torch.full((16,), -1)
+    layer = types.SimpleNamespace(punica_wrapper=types.SimpleNamespace(dora=batch), slot_scales=scales)
     weight = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
 
     def forward(x: torch.Tensor) -> torch.Tensor:
@@ -172,12 +175,15 @@ def test_compiled_code_looks_at_the_batch_whenever_it_runs(operator: None) -> No
     assert torch.equal(compiled(x), plain)
     counted = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     batch.slots = {0}
-    batch.update((7, 0, 7), [7, None])
-    wrapper._token_lora_indices[:3] = torch.tensor([0, -1, 0])
+    slots[:3] = torch.tensor([0, -1, 0])
+    batch.update(slots, (7, 0, 7), [7, None])
     scaled = forward(x)
     assert torch.equal(compiled(x), scaled)
     assert torch.equal(scaled[1], plain[1])
     assert not torch.equal(scaled[0], plain[0])
-    batch.update((0, 0, 0), [7, None])
+    batch.update(slots, (7, 7, 7), [7, None])
+    assert torch.equal(compiled(x)[1], scaled[1]) is False
+    assert torch.equal(compiled(x), forward(x))
+    batch.update(slots, (0, 0, 0), [7, None])
     assert torch.equal(compiled(x), plain)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == counted
