@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from dora_serve import __version__
 from dora_serve.console import (
     EXIT_FAILED,
+    OF_READING,
     CommandParser,
     add_reading,
     device_argument,
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 DTYPE_NAMES = ("float32", "bfloat16", "float16")
 BASE_COLUMN = "base"
+MAX_RANK = 256
+"""Of the adapters of `generate`, where nothing is said."""
 
 
 class LineParser(CommandParser):
@@ -80,7 +83,7 @@ def build_parser() -> CommandParser:
     generate.add_argument(
         "--device", type=device_argument, default="auto", help="auto, cpu, cuda, cuda:N (%(default)s)"
     )
-    generate.add_argument("--max-rank", type=int, default=256, metavar="R", help="refuse larger adapters (%(default)s)")
+    generate.add_argument("--max-rank", type=int, metavar="R", help=f"refuse larger adapters ({MAX_RANK})")
     add_reading(generate)
     generate.add_argument("--json", action="store_true", help="print one JSON object a line: a column each")
     generate.set_defaults(run=_generate)
@@ -194,10 +197,7 @@ def _vllm(options: argparse.Namespace, parser: CommandParser) -> int:
     from dora_serve.terminal import TerminalProgress
     from dora_serve.vllm_plugin.command import plan_launch
 
-    for name in ("max_rank", "max_loras"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            parser.error(f"vllm: --{name.replace('_', '-')} {value}: wanted a whole number from 1 on")
+    _require_counts(options, parser, "max_rank", "max_loras")
     with TerminalProgress() as progress:
         launch = plan_launch(
             options.base,
@@ -216,6 +216,22 @@ def _vllm(options: argparse.Namespace, parser: CommandParser) -> int:
     return 0
 
 
+def _require_counts(options: argparse.Namespace, parser: CommandParser, *names: str) -> None:
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            parser.error(f"{options.command}: --{name.replace('_', '-')} {value}: wanted a whole number from 1 on")
+
+
+def _require_none_of_torch(options: argparse.Namespace, parser: CommandParser) -> None:
+    """A graph has its dtype, and its adapter files were read when they were made."""
+    for name in ("dtype", "max_rank", *OF_READING):
+        value = getattr(options, name)
+        if value is not None and value is not False and value != []:
+            option = f"--{name.replace('_', '-')}"
+            parser.error(f"generate: {option} is of a base that torch runs; a graph and its files have their own")
+
+
 def _generate(options: argparse.Namespace, parser: CommandParser) -> int:
     import torch
 
@@ -227,6 +243,10 @@ def _generate(options: argparse.Namespace, parser: CommandParser) -> int:
 
     if not options.prompt:
         parser.error("generate: --prompt is empty")
+    _require_counts(options, parser, "max_rank")
+    exported = is_exported(Path(options.base))
+    if exported:
+        _require_none_of_torch(options, parser)
     requests = [_request(options, name) for name in (None, *(name for name, _ in options.adapter))]
     try:
         requests[0].require_sound()
@@ -237,9 +257,7 @@ def _generate(options: argparse.Namespace, parser: CommandParser) -> int:
         progress = stack.enter_context(TerminalProgress())
         device = None if options.device == "auto" else options.device
         engine: Engine | OnnxEngine
-        if is_exported(Path(options.base)):
-            if options.dtype:
-                parser.error("generate: --dtype is of a base that torch runs; a graph has its own")
+        if exported:
             engine = OnnxEngine.load(options.base, device=device, max_rows=len(requests), on_progress=progress)
         else:
             engine = Engine.load(
@@ -247,7 +265,7 @@ def _generate(options: argparse.Namespace, parser: CommandParser) -> int:
                 dtype=getattr(torch, options.dtype) if options.dtype else None,
                 device=device,
                 max_rows=len(requests),
-                max_rank=options.max_rank,
+                max_rank=MAX_RANK if options.max_rank is None else options.max_rank,
                 scale_cache=default_folder(),
                 on_progress=progress,
             )

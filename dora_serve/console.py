@@ -169,6 +169,13 @@ _OTHER_NAMES = {"lycoris": "kohya"}
 """What else a format may be called: LyCORIS writes kohya's names."""
 
 
+OF_READING = (
+    *("format", "lora_alpha", "magnitudes", "norm_eps"),
+    *("allow_missing_magnitudes", "allow_pickle", "ignore_config"),
+)
+"""What `add_reading` adds; each is None, False or empty where it was not said."""
+
+
 def add_reading(parser: argparse.ArgumentParser) -> None:
     """What a user may allow a reader of adapters, and tell it; `read_options` takes it up."""
     named = ", ".join(FORMAT_NAMES)

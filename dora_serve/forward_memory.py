@@ -34,10 +34,17 @@ def why_not_run(
     if needed <= available:
         return None
     return (
-        f"A model of {elements / 1e9:.3g} billion parameters in {dtype_name(dtype)} needs about {needed / 1e9:.3g} GB "
+        f"A model of {_count(elements)} parameters in {dtype_name(dtype)} needs about {needed / 1e9:.3g} GB "
         f"of memory, and {available / 1e9:.3g} GB are available here. `dora-export verify` runs the forward on a "
         "machine that has more, or a GPU that does."
     )
+
+
+def _count(elements: int) -> str:
+    for size, word in ((10**9, "billion"), (10**6, "million")):
+        if elements >= size:
+            return f"{elements / size:.3g} {word}"
+    return f"{elements:,}"
 
 
 def _classes(config: Mapping[str, object]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import pytest
 
 from dora_serve.cli import main
 from dora_serve.engine import Engine, Request, Sampling
+from dora_serve.errors import AdapterError
+from dora_serve.onnx_engine.pool import OnnxPool
 
 ADAPTERS = Path(__file__).parent.parent / "examples" / "adapters"
 
@@ -93,7 +96,35 @@ def test_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--prompt" in _usage(capsys, "base")
     assert "--prompt is empty" in _usage(capsys, "base", "--prompt", "")
     assert "temperature is -1.0, wanted 0 or more" in _usage(capsys, "base", "--prompt", "x", "--temperature", "-1")
+    for rank in ("-1", "0"):
+        assert f"--max-rank {rank}: wanted a whole" in _usage(capsys, "base", "--prompt", "x", "--max-rank", rank)
     assert "max_tokens is 0" in _usage(capsys, "base", "--prompt", "x", "--max-tokens", "0")
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        *(["--dtype", "float16"], ["--max-rank", "256"], ["--lora-alpha", "8"], ["--format", "peft"]),
+        *(["--magnitudes", "norm"], ["--norm-eps", "0"], ["--allow-missing-magnitudes"], ["--allow-pickle"]),
+        ["--ignore-config", "x"],
+    ],
+)
+def test_what_a_graph_has_settled_is_not_asked_of_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], option: list[str]
+) -> None:
+    (tmp_path / "model.onnx").write_bytes(b"")
+    said = _usage(capsys, str(tmp_path), "--prompt", "x", *option)
+    assert f"{option[0]} is of a base that torch runs" in said
+    assert main(["generate", str(tmp_path), "--prompt", "x"]) == 1  # no usage, but this is no graph
+
+
+def test_a_command_that_mends_it_can_be_pasted(tmp_path: Path) -> None:
+    (tmp_path / "an adapter").mkdir()
+    pool = OnnxPool(None, tmp_path / "a base")  # type: ignore[arg-type]
+    with pytest.raises(AdapterError) as raised:
+        pool._file(tmp_path / "an adapter")
+    words = shlex.split(str(raised.value.remedy).removeprefix("Make it: "))
+    assert words[2:] == [str(tmp_path / "an adapter"), "--for", str(tmp_path / "a base")]
 
 
 def test_errors_are_lines_of_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,9 @@ import pytest
 import torch
 import transformers
 
+from dora_serve.forward_memory import why_not_run
 from dora_serve.memory import available_memory
+from dora_serve.safetensors_file import TensorEntry
 from exporters.cli import main
 from tests.cases import adapt, vary
 from tests.onnx_models import GROUPED
@@ -61,6 +63,19 @@ def test_a_fault_is_seen_by_the_tensors_alone(
     asked = ["verify", str(root / "base"), "--adapter", str(root / "adapter"), "--base", str(root / "base")]
     assert main(asked) == 1
     assert "FAILED" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("elements", "said"), [(6_370_000, "6.37 million"), (6_740_000_000, "6.74 billion"), (71_000, "71,000")]
+)
+def test_a_model_s_size_is_said_in_a_unit_that_fits(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, elements: int, said: str
+) -> None:
+    monkeypatch.setattr("dora_serve.forward_memory.available_memory", lambda: 1000)
+    entry = TensorEntry("x", torch.float32, (elements,), tmp_path, 0, 4 * elements)
+    why = why_not_run([[entry]], {}, torch.float32)
+    assert why is not None
+    assert why.startswith(f"A model of {said} parameters in float32 ")
 
 
 def test_a_control_group_limits_what_is_available(tmp_path: Path) -> None:

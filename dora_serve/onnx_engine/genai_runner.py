@@ -7,6 +7,7 @@ the same `.onnx_adapter` files.
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 import threading
 from collections.abc import Sequence
@@ -154,7 +155,8 @@ def _runtime(folder: Path) -> Any:
             f"{str(folder)!r} is a folder of ONNX Runtime GenAI, whose graph counts positions in a way of its own, and "
             "onnxruntime-genai is not installed here.",
             remedy="Run the same with a Python that has it (make genai-env, or a new environment with: pip install "
-            f"'dora-serve[genai]'): PYTHON -m dora_serve.cli generate {folder} ... Or export without --runtime genai.",
+            f"'dora-serve[genai]'): PYTHON -m dora_serve.cli generate {shlex.quote(str(folder))} ... Or export without "
+            "--runtime genai.",
             path=str(folder),
             python=sys.executable,
         ) from error

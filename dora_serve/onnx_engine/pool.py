@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import threading
 import time
 from collections.abc import Callable
@@ -104,9 +105,10 @@ class OnnxPool:
         require("path", path, isinstance(path, (str, Path)), "an .onnx_adapter file")
         given = Path(os.path.abspath(Path(path).expanduser()))
         if given.is_dir() or given.suffix == ".safetensors":
+            command = shlex.join(["dora-export", "onnx-adapter", str(given), "--for", str(self._folder)])
             raise AdapterError(
                 f"{str(given)!r} is an adapter as it was trained, wanted an .onnx_adapter file for this base.",
-                remedy=f"Make it: dora-export onnx-adapter {given} --for {self._folder}",
+                remedy=f"Make it: {command}",
                 path=str(given),
             )
         return given
