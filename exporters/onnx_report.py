@@ -8,28 +8,39 @@ from typing import TYPE_CHECKING, Any
 from dora_serve.terminal import format_bytes, format_number, format_table
 
 if TYPE_CHECKING:
+    from exporters.onnx.forecast import OnnxForecast, PipelineForecast
+
+
+def forecast_text(found: OnnxForecast | PipelineForecast) -> str:
+    """The ONNX output of an export that was not made."""
     from exporters.onnx.forecast import OnnxForecast
 
-
-def forecast_text(found: OnnxForecast) -> str:
-    """The ONNX output of an export that was not made."""
-    cached = {True: "yes: seconds", False: "no: 3 to 4 CPU-seconds a layer", None: "not known before the merge"}
     weights = f"{found.dtype}, weights {found.quantize}" if found.quantize else found.dtype
     available = "" if found.available_bytes is None else f" ({format_bytes(found.available_bytes)} available)"
     rows = [
-        ["route", found.route],
-        ["architecture", found.architecture],
-        ["files", ", ".join(found.files)],
         ["dtype", weights],
         ["opset", str(found.opset) if found.opset is not None else "the builder's"],
+        *_cache_rows(found),
         ["for", found.provider],
         ["size, about", format_bytes(found.bytes)],
         ["memory of the verification, about", f"{format_bytes(found.memory_bytes)}{available}"],
     ]
-    if found.opset is not None:
-        rows.insert(5, ["traced graph in the cache", cached[found.cached]])
-    table = format_table(rows, ("ONNX", ""))
-    return "\n".join([table, *(f"Note: {note}" for note in found.notes)])
+    notes = [f"Note: {note}" for note in found.notes]
+    if not isinstance(found, OnnxForecast):
+        parts = [[name, ", ".join(parts) or "stays as safetensors"] for name, parts in found.graphs.items()]
+        folders = format_table(parts, ("component", "folders with a model.onnx"))
+        return "\n".join([folders, "", format_table(rows, ("ONNX", "")), *notes])
+    rows = [["route", found.route], ["architecture", found.architecture], ["files", ", ".join(found.files)], *rows]
+    return "\n".join([format_table(rows, ("ONNX", "")), *notes])
+
+
+def _cache_rows(found: OnnxForecast | PipelineForecast) -> list[list[str]]:
+    from exporters.onnx.forecast import OnnxForecast
+
+    if not isinstance(found, OnnxForecast) or found.opset is None:
+        return []
+    cached = {True: "yes: seconds", False: "no: 3 to 4 CPU-seconds a layer", None: "not known before the merge"}
+    return [["traced graph in the cache", cached[found.cached]]]
 
 
 def onnx_export_text(onnx: Mapping[str, Any]) -> str:

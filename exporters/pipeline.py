@@ -31,7 +31,7 @@ from exporters.registry import EXPORTERS, Exported, ExportInput, ExportOptions, 
 from exporters.sources import Sources, open_sources, plan_sources
 
 if TYPE_CHECKING:
-    from exporters.onnx.forecast import OnnxForecast
+    from exporters.onnx.forecast import OnnxForecast, PipelineForecast
 
 DTYPES: Mapping[str, torch.dtype] = {
     "float32": torch.float32,
@@ -96,18 +96,13 @@ def plan_export(request: ExportRequest, on_progress: OnProgress = ignore_progres
 
 @dataclass(frozen=True)
 class Foreseen:
-    """What an export would do. onnx: what it would write in place of the merged checkpoint, where it would. graphs: of
-    a pipeline, the folders of the graphs of each component; none for one that stays as safetensors.
-    """
+    """What an export would do. onnx: what it would write in place of the merged checkpoint, where it would."""
 
     plan: AnyPlan
-    onnx: OnnxForecast | None = None
-    graphs: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    onnx: OnnxForecast | PipelineForecast | None = None
 
     def to_json(self) -> dict[str, object]:
         shown: dict[str, object] = {} if self.onnx is None else {"onnx": self.onnx.to_json()}
-        if self.graphs:
-            shown["onnx"] = {"graphs": {name: list(parts) for name, parts in self.graphs.items()}}
         return {**self.plan.summary(), **shown}
 
 
@@ -117,9 +112,10 @@ def plan_only(request: ExportRequest, on_progress: OnProgress = ignore_progress)
     if isinstance(plan, PipelinePlan):
         if request.to != "onnx":
             return Foreseen(plan)
-        from exporters.onnx.components import component_of
+        from exporters.onnx.forecast import forecast_pipeline
+        from exporters.onnx.options import OnnxOptions
 
-        return Foreseen(plan, graphs={name: component_of(plan.base.folder / name).parts for name in plan.components})
+        return Foreseen(plan, forecast_pipeline(plan, request.options.onnx or OnnxOptions()))
     return Foreseen(plan, EXPORTERS[request.to].forecast(plan, request.options, file_stem(sources.adapter.spec)))
 
 

@@ -34,10 +34,6 @@ def plan_text(foreseen: Foreseen) -> str:
     lines = [_headline(plan), "", format_table(_rows(summary["actions"]), ("what happens", "tensors"))]
     for name, part in summary.get("components", {}).items():
         lines += ["", format_table(_rows(part["actions"]), (f"of these in {name}", "tensors"))]
-    if foreseen.graphs:
-        rows = [[name, ", ".join(parts) or "stays as safetensors"] for name, parts in foreseen.graphs.items()]
-        lines += ["", format_table(rows, ("component", "folders with a model.onnx"))]
-        return "\n".join([*lines, *(f"Note: {note}" for note in plan.notes)])
     if foreseen.onnx is not None:
         return "\n".join([*lines, "", forecast_text(foreseen.onnx), *(f"Note: {note}" for note in plan.notes)])
     files = [[name, str(count)] for name, count in summary["files"].items()]

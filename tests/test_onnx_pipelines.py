@@ -227,9 +227,12 @@ def test_flux_and_what_is_refused(root: Path, tmp_path: Path, capsys: pytest.Cap
     assert main([*merge, "--to", "onnx", "--max-kl", "1"]) == 1
     assert main([*merge, "--to", "nf4"]) == 1
     assert "safetensors or ONNX" in capsys.readouterr().err
-    assert main([*merge, "--to", "onnx", "--dry-run"]) == 0
+    assert main([*merge, "--to", "onnx", "--dry-run", "--provider", "cuda", "--onnx-dtype", "float16"]) == 0
     shown = capsys.readouterr().out
     assert "vae_encoder, vae_decoder" in shown
+    assert "float16" in shown
+    assert ("The graphs are for CUDA" in shown) == (not torch.cuda.is_available())
+    assert "memory of the verification" in shown
     assert ".safetensors" not in shown.partition("what happens")[2]
     assert main([*merge, "--to", "onnx"]) == 0
     inputs: dict[str, Any] = {"hidden_states": noise(2, 9, 4), "encoder_hidden_states": noise(2, 6, 24)}

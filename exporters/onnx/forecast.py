@@ -10,10 +10,12 @@ import torch
 
 from dora_serve.checkpoint import read_json
 from dora_serve.memory import available_memory
+from dora_serve.pipeline_plan import PipelinePlan
 from dora_serve.plan import MergePlan, TensorPlan
 from exporters.onnx import graph_cache
 from exporters.onnx.architectures import Kind, architecture_of, kind_of
 from exporters.onnx.check.memory import needed_memory
+from exporters.onnx.components import component_of
 from exporters.onnx.encoder_decoder import DECODER_FILE, ENCODER_FILE
 from exporters.onnx.options import OnnxOptions
 from exporters.onnx.saving import MODEL_FILE
@@ -72,6 +74,44 @@ def forecast(plan: MergePlan, options: OnnxOptions, *, adapter_file: str | None 
         cached=None if genai else _is_cached(plan, options, architecture, base_alone=adapter_file is not None),
         bytes=size,
         memory_bytes=needed_memory(elements, size),
+        available_bytes=available_memory(),
+        notes=provider_notes(options),
+    )
+
+
+@dataclass(frozen=True)
+class PipelineForecast:
+    """Of a pipeline. graphs: the folders of the graphs of each component, none for one that stays as safetensors.
+    bytes: of graphs and data, about. memory_bytes: what the comparison takes with the largest component, about.
+    """
+
+    graphs: Mapping[str, tuple[str, ...]]
+    dtype: str
+    quantize: str | None
+    opset: int
+    provider: str
+    bytes: int
+    memory_bytes: int
+    available_bytes: int | None
+    notes: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, object]:
+        return asdict(self)
+
+
+def forecast_pipeline(plan: PipelinePlan, options: OnnxOptions) -> PipelineForecast:
+    """Of `--to onnx`. Whether the graphs are in the cache is not looked up."""
+    graphs = {name: component_of(plan.base.folder / name).parts for name in plan.components}
+    sizes = {name: _nbytes(plan.components[name], options) for name, parts in graphs.items() if parts}
+    elements = {name: sum(prod(tensor.shape) for tensor in plan.components[name].tensors.values()) for name in sizes}
+    return PipelineForecast(
+        graphs,
+        dtype=options.dtype,
+        quantize=options.quantize,
+        opset=options.opset,
+        provider=options.provider,
+        bytes=sum(sizes.values()),
+        memory_bytes=max((needed_memory(elements[name], size) for name, size in sizes.items()), default=0),
         available_bytes=available_memory(),
         notes=provider_notes(options),
     )
