@@ -63,7 +63,7 @@ def serve(plugin: bool) -> None:
         max_model_len=256,
         max_num_seqs=REQUESTS,
         enable_lora=True,
-        max_loras=len(loras),
+        max_loras=3,  # in both engines, whose buffers are then alike
         max_lora_rank=8,
         enable_prefix_caching=False,
     )

@@ -96,13 +96,16 @@ def scale_rows(
         if scale_kernel.AVAILABLE:
             scale_kernel.scale_rows(outputs, norm_scale, offset, rows)
             return
-    # On a device a graph may be captured, which holds for other rows as well.
-    chosen = rows[: outputs.shape[0]] if only == SEVERAL or outputs.device.type != "cpu" else row
-    scales = norm_scale.index_select(0, chosen)  # a third of what indexing with brackets costs
-    if offset is None:
+    if only != SEVERAL and outputs.device.type == "cpu":  # on a device a graph is captured for other rows as well
+        scales, offsets = norm_scale[only], None if offset is None else offset[only]
+    else:
+        chosen = rows[: outputs.shape[0]]
+        scales = norm_scale.index_select(0, chosen)  # a third of what indexing with brackets costs
+        offsets = None if offset is None else offset.index_select(0, chosen)
+    if offsets is None:
         torch.mul(outputs, scales, out=outputs)
     else:
-        torch.addcmul(offset.index_select(0, chosen), outputs, scales, out=outputs)
+        torch.addcmul(offsets, outputs, scales, out=outputs)
 
 
 def _does_nothing(
