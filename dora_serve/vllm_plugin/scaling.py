@@ -87,7 +87,7 @@ def scale_rows(
     row: Tensor,
 ) -> None:
     """outputs (tokens, width) in place; rows (at least tokens,) and row: of `Batch`. In float32, rounded once."""
-    only = row.item()
+    only = int(row)
     if only == NO_DORA:
         return
     if outputs.is_cuda:
