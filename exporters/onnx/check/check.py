@@ -60,7 +60,7 @@ def check_onnx(
     device: "cuda" puts torch on the GPU, and ONNX Runtime where it has its CUDA provider (with TF32 off).
     max_kl: fail above this mean KL divergence from torch's float32, in nats, in place of the dtype's own limit.
     genai_python: of the environment of onnxruntime-genai, for a folder of its builder; that runtime gives the greedy
-    tokens then. Its weights have names and forms of their own, and are judged by what they compute.
+    tokens then. Its weights have names and forms of their own, and are compared row by row.
 
     Where memory does not suffice for the model in torch, the graphs' weights and structure are compared all the same,
     and `not_run` says what was not. Raises ValueError for samples that cannot be compared, CheckpointError and
@@ -79,6 +79,12 @@ def check_onnx(
     tell = on_progress or (lambda message: None)
     architecture = architecture_of(model_folder)
     failures: list[str] = []
+
+    def compared(loaded: Callable[[str], Tensor | None]) -> Weights:
+        if genai:
+            return compare_rows(graphs, model_folder, failures)
+        return compare_weights(graphs, model_folder, loaded, failures)
+
     with quiet(), torch.no_grad():
         tell("checking the graphs")
         dtype, quantize = numbers_of(graphs)
@@ -87,19 +93,13 @@ def check_onnx(
             check_structure(graphs, failures)
         too_large = why_not_run(model_folder, folder)
         if too_large is not None:
-            if genai:
-                weights = compare_rows(graphs, model_folder, failures)
-            else:
-                weights = compare_weights(graphs, model_folder, lambda name: None, failures)
+            weights = compared(lambda name: None)
             return _not_run(dtype, weights, too_large, len(samples), failures)
         tell("running torch in float32 and float64")
         # Eager everything: what the exporter traced is sdpa and batched_mm.
         model = load_model(model_folder, attention="eager", experts="eager")
         state: Mapping[str, Tensor] = model.state_dict()
-        if genai:
-            weights = compare_rows(graphs, model_folder, failures)
-        else:
-            weights = compare_weights(graphs, model_folder, state.get, failures)
+        weights = compared(state.get)
         torch.nn.Module.to(model, device)
         stored = storage_dtype(model_folder) if reference_logits is not None else None
         expected = run_torch(model, samples, greedy_tokens, stored)

@@ -16,7 +16,7 @@ from torch import Tensor
 from dora_serve.checkpoint import open_checkpoint
 from dora_serve.safetensors_file import read_tensor
 from exporters.onnx.check.answers import Weights
-from exporters.onnx.check.weights import initializers_of, read_initializer, release
+from exporters.onnx.check.weights import dtype_of, initializers_of, read_initializer, release
 
 _MADE = ("cos_cache", "sin_cache")
 """Matrices that the builder computes, and no weights."""
@@ -35,11 +35,10 @@ def compare_rows(graphs: Sequence[Path], model_folder: Path, failures: list[str]
         for name, tensor in initializers_of(path, failures).items()
         if tensor.dtype.is_floating_point() and len(tensor.shape) > 1 and not name.endswith(_MADE)
     }
-    read = ((name, tensor, read_initializer(tensor)) for name, tensor in matrices.items())
-    kinds = {tensor.dtype.name: _torch_dtype(tensor.dtype.name) for tensor in matrices.values()}
-    known = _known_rows(model_folder, set(kinds.values()))
+    known = _known_rows(model_folder, {dtype_of(tensor) for tensor in matrices.values()})
     equal, broken = 0, []
-    for name, tensor, stored in read:
+    for name, tensor in matrices.items():
+        stored = read_initializer(tensor)
         found = 0.0 if stored is None else _share_of(stored, known)
         release(tensor)
         equal += found == 1
@@ -51,11 +50,6 @@ def compare_rows(graphs: Sequence[Path], model_folder: Path, failures: list[str]
             f"{', '.join(broken[:3])}."
         )
     return Weights(len(matrices), equal)
-
-
-def _torch_dtype(name: str) -> torch.dtype:
-    names = {"FLOAT": torch.float32, "FLOAT16": torch.float16, "BFLOAT16": torch.bfloat16, "DOUBLE": torch.float64}
-    return names[name]
 
 
 def _known_rows(model_folder: Path, dtypes: set[torch.dtype]) -> set[bytes]:

@@ -140,7 +140,7 @@ def release(tensor: onnx_ir.TensorProtocol) -> None:
 
 def read_initializer(tensor: onnx_ir.TensorProtocol) -> Tensor | None:
     """A copy of the tensor, None where the file is not there or too short."""
-    dtype = _dtype(tensor)
+    dtype = dtype_of(tensor)
     try:
         raw = bytearray(tensor.tobytes())
     except (OSError, ValueError):
@@ -149,7 +149,8 @@ def read_initializer(tensor: onnx_ir.TensorProtocol) -> Tensor | None:
     return torch.frombuffer(raw, dtype=dtype).view(shape) if raw else torch.empty(shape, dtype=dtype)
 
 
-def _dtype(tensor: onnx_ir.TensorProtocol) -> torch.dtype:
+def dtype_of(tensor: onnx_ir.TensorProtocol) -> torch.dtype:
+    """Of a floating tensor or one of integers."""
     names = {"FLOAT": "float32", "DOUBLE": "float64"}
     dtype: torch.dtype = getattr(torch, names.get(tensor.dtype.name, tensor.dtype.name.lower()))
     return dtype
@@ -158,7 +159,7 @@ def _dtype(tensor: onnx_ir.TensorProtocol) -> torch.dtype:
 def _checkpoint_digests(checkpoint: ShardedCheckpoint, weights: Found) -> dict[bytes, set[str]]:
     """Digests of the checkpoint's tensors in the weights' dtypes, and of matrices' transposes, to their names."""
     shapes = {tuple(int(size) for size in tensor.shape.numpy()) for tensor in weights.values()}
-    dtypes = {_dtype(tensor) for tensor in weights.values()}
+    dtypes = {dtype_of(tensor) for tensor in weights.values()}
     digests: dict[bytes, set[str]] = {}
     for name, entry in checkpoint.tensors.items():
         turned = (*entry.shape[:-2], *entry.shape[:-3:-1])
