@@ -21,7 +21,7 @@ genai_stamp := $(GENAI)/.complete
 NODE := examples/onnx-node
 node_stamp := $(NODE)/node_modules/.complete
 
-.PHONY: venv genai-env vllm-venv demo test test-genai test-vllm browser node check fix bench clean
+.PHONY: venv genai-env vllm-venv demo test test-main test-genai test-vllm browser node check fix bench clean
 
 venv: $(stamp)
 
@@ -60,12 +60,13 @@ $(BASE)/config.json: | $(stamp)
 demo: $(stamp) $(BASE)/config.json
 	$(bin)/dora-export merge examples/adapters/dates-dora --base $(BASE) --to onnx -o .cache/demo-onnx --overwrite
 
+# With PYTEST on the command line, its tests alone. `make --jobs 2 check test`, as .ci/run has it, fills both of two cores:
+# installations and vLLM's tests take one.
+test: test-main $(if $(filter command line,$(origin PYTEST)),,test-genai test-vllm)
+
 # The base is made first, so that no two of the processes do; and each has one thread, since they share the cores.
-test: $(stamp) $(genai_stamp) $(BASE)/config.json browser node
+test-main: $(stamp) $(genai_stamp) $(BASE)/config.json browser node
 	OMP_NUM_THREADS=1 DORA_SERVE_GENAI_PYTHON=$(abspath $(GENAI))/bin/python $(bin)/python -m pytest $(PYTEST)
-ifneq ($(origin PYTEST),command line)
-	@$(MAKE) test-genai test-vllm
-endif
 
 test-genai: $(genai_stamp)
 	OMP_NUM_THREADS=1 $(GENAI)/bin/python -m pytest tests/genai
@@ -81,8 +82,8 @@ browser:
 
 node: $(node_stamp)
 
-# Its install script would fetch the GPU's libraries from elsewhere, so none is run.
-$(node_stamp): $(NODE)/package.json $(NODE)/package-lock.json
+# After the browser, since apt runs once at a time. Its install script would fetch the GPU's libraries from elsewhere, so none is run.
+$(node_stamp): $(NODE)/package.json $(NODE)/package-lock.json | browser
 	@command -v npm >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
 		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq nodejs npm >/dev/null; } || \
 		{ echo 'The example for Node needs npm: apt-get install nodejs npm' >&2; exit 1; }
