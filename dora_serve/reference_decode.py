@@ -16,15 +16,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dora_serve.quantized.codings import (
+    AwqGroups,
+    Float4Groups,
     Float8Blocks,
     FourBit,
     FourBitType,
+    GptqGroups,
     HqqGroups,
     Int8Rows,
+    Mxfp4Experts,
     QuantizedOnLoad,
     ScaledCodes,
     Transposed,
 )
+from dora_serve.reference_columns import awq_values, float4_values, gptq_values, mxfp4_values
 from dora_serve.safetensors_file import TensorEntry, read_bytes, read_range, read_tensor
 
 Array = NDArray[Any]
@@ -44,6 +49,14 @@ def decoded_range(entry: TensorEntry, start: int, stop: int) -> Tensor:
         return _hqq(entry, coding, index)
     if isinstance(coding, ScaledCodes):
         return _scaled(entry, coding, index)
+    if isinstance(coding, GptqGroups):
+        return _rounded(torch.from_numpy(gptq_values(coding, entry.shape[1], index)), entry.dtype)
+    if isinstance(coding, AwqGroups):
+        return _rounded(torch.from_numpy(awq_values(coding, entry.shape[1], index)), entry.dtype)
+    if isinstance(coding, Mxfp4Experts):
+        return _rounded(torch.from_numpy(mxfp4_values(coding, entry.shape, index)), entry.dtype)
+    if isinstance(coding, Float4Groups):
+        return _rounded(torch.from_numpy(float4_values(coding, entry.shape[1], index)), entry.dtype)
     if isinstance(coding, FourBit):
         values = _four_bit(coding, index)
     elif isinstance(coding, Int8Rows):

@@ -22,7 +22,7 @@ from dora_serve.errors import PlanError, Problem
 from dora_serve.magnitudes import require_norms
 from dora_serve.names import ParameterNames, Place
 from dora_serve.plan import LoraEdit, MergePlan, Region, RowEdit, TensorPlan, VectorEdit, VectorScale
-from dora_serve.quantized.view import dense_dtype, dense_view, quantization_paths
+from dora_serve.quantized.view import SETTINGS_BESIDE, dense_dtype, dense_view, quantization_paths
 from dora_serve.replicate import replicate_layers
 from dora_serve.row_order import in_base_order
 from dora_serve.safetensors_file import TensorEntry
@@ -716,6 +716,8 @@ def _floating_dtype(base: ShardedCheckpoint, dtype: torch.dtype) -> torch.dtype:
 def _side_files(draft: _Draft, adapter: Adapter) -> tuple[tuple[Path, Path], ...]:
     """The base's side files; its tokenizer gives way to the adapter's where the vocabulary was changed."""
     chosen = {relative: draft.base.folder / relative for relative in side_files(draft.base.folder)}
+    if draft.base.quantization is not None:
+        chosen = {relative: path for relative, path in chosen.items() if str(relative) not in SETTINGS_BESIDE}
     resized = any(path[-1] == "vocab_size" for path in draft.config_changes)
     beside = sorted(adapter.path.iterdir()) if adapter.path.is_dir() else []
     own = [path for path in beside if path.is_file() and _TOKENIZER_FILES.match(path.name)]

@@ -166,17 +166,22 @@ def _corrupt(path: Path, got: str, wanted: str) -> CheckpointError:
     )
 
 
-def read_bytes(path: Path, start: int, stop: int) -> bytearray:
-    """Bytes [start, stop) of a file. Raises CheckpointError where they cannot be had."""
-    buffer = bytearray(stop - start)
+def open_file(path: Path) -> int:
+    """A descriptor to read from, for the caller to close. Raises CheckpointError where there is none to be had."""
     try:
-        descriptor = os.open(path, os.O_RDONLY)
+        return os.open(path, os.O_RDONLY)
     except OSError as error:
         raise CheckpointError(
             f"{str(path)!r} cannot be opened: {error.strerror}.",
             remedy="Check that it is there and that you may read it.",
             path=str(path),
         ) from error
+
+
+def read_bytes(path: Path, start: int, stop: int) -> bytearray:
+    """Bytes [start, stop) of a file. Raises CheckpointError where they cannot be had."""
+    buffer = bytearray(stop - start)
+    descriptor = open_file(path)
     try:
         fill(descriptor, memoryview(buffer), start, path)
     finally:

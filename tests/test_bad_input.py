@@ -383,8 +383,8 @@ BASES: Mapping[str, tuple[Spoil, str]] = {
         "model.layers.1.self_attn.q_proj",
     ),
     "quantized": (
-        lambda world: rewrite_json(world.base / "config.json", quantization_config={"quant_method": "gptq"}),
-        r"is quantized with gptq",
+        lambda world: rewrite_json(world.base / "config.json", quantization_config={"quant_method": "aqlm"}),
+        r"is quantized with aqlm",
     ),
     "integers": (of_integers, "dtype int8, wanted float64, float32, bfloat16 or float16"),
     "a NaN where it is adapted": (

@@ -43,8 +43,14 @@ KINDS: dict[str, tuple[str, dict[str, Any], QuantizationArgs | None]] = {
         {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [48, 32]},
         None,
     ),
+    "nvfp4": (
+        "nvfp4-pack-quantized",
+        {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16},
+        None,
+    ),
+    "mxfp4": ("mxfp4-pack-quantized", {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32}, None),
 }
-MERGED = ("int4 groups, zeros", "int8 beside int8", "float8 blocks")
+MERGED = ("int4 groups, zeros", "int8 beside int8", "float8 blocks", "nvfp4")
 
 
 def by_scale(weight: Tensor, args: QuantizationArgs) -> Tensor:
@@ -67,7 +73,7 @@ def compressed(weight: Tensor, kind: str, dtype: torch.dtype) -> tuple[dict[str,
     scheme = QuantizationScheme(targets=["Linear"], weights=args, input_activations=inputs, format=form)
     values = by_scale(weight.float(), args)
     state = {"weight": weight}
-    largest = 448.0 if args.type == "float" else 2 ** (args.num_bits - 1) - 1
+    largest = 2 ** (args.num_bits - 1) - 1 if args.type == "int" else 448.0 if args.num_bits == 8 else 6.0
     if args.symmetric:
         scales = values.abs().amax(-1) / largest
     else:
@@ -75,6 +81,10 @@ def compressed(weight: Tensor, kind: str, dtype: torch.dtype) -> tuple[dict[str,
         scales = (high - low) / (2**args.num_bits - 1)
         zeros = torch.round(-(2 ** (args.num_bits - 1)) - low / scales)
         state["weight_zero_point"] = zeros.clamp(-(2 ** (args.num_bits - 1)), largest).to(torch.int8)
+    if form == "nvfp4-pack-quantized":
+        divisor = 448.0 / scales.max()
+        scales = (scales * divisor).to(torch.float8_e4m3fn).float()
+        state["weight_global_scale"] = divisor.reshape(1)
     state["weight_scale"] = scales.to(dtype) if args.strategy != "tensor" else scales.to(dtype).reshape(1)
     compressor = BaseCompressor.get_value_from_registry(form)
     stored = compressor.compress(state, scheme)
@@ -208,6 +218,46 @@ def test_unsound_codes_are_refused(tmp_path: Path, part: str, value: Tensor | No
         dense_view(open_checkpoint(quantized))
 
 
+@pytest.mark.parametrize(
+    ("kind", "part", "value", "message"),
+    [
+        ("nvfp4", "weight_scale", None, "no weight_scale"),
+        ("nvfp4", "weight_global_scale", None, "no weight_global_scale, wanted one"),
+        ("mxfp4", "weight_global_scale", torch.ones(1), "a weight_global_scale, wanted none"),
+        ("nvfp4", "weight_global_scale", torch.ones(2), r"weight_global_scale \[2\]"),
+        ("nvfp4", "weight_scale", torch.ones(64, 4), "scales of torch.float32"),
+        ("mxfp4", "weight_scale", torch.ones(64, 3, dtype=torch.uint8), r"wanted \[64, 2\] for MXFP4"),
+        ("mxfp4", "weight_packed", torch.ones(64, 24, dtype=torch.uint8), "whole groups of 32"),
+        ("mxfp4", "weight_zero_point", torch.ones(64, 2), "float4 with zero points"),
+        ("mxfp4", "weight_scale", torch.ones(64, 4).to(torch.float8_e4m3fn), "weight_global_scale"),
+    ],
+)
+def test_unsound_float4_is_refused(tmp_path: Path, kind: str, part: str, value: Tensor | None, message: str) -> None:
+    quantized, _ = write(tmp_path, kind)
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        tensors.pop(f"{Q}.{part}", None)
+        if value is not None:
+            tensors[f"{Q}.{part}"] = value
+
+    rewrite_tensors(quantized / "model.safetensors", change)
+    with pytest.raises(CheckpointError, match=message):
+        dense_view(open_checkpoint(quantized))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"group_size": 64}, "64 in config.json"), ({"type": "int"}, "no float4"), ({"symmetric": False}, "zero points")],
+)
+def test_float4_that_config_json_contradicts_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    quantized, _ = write(tmp_path, "mxfp4")
+    said = settings("mxfp4")
+    said["config_groups"]["group_0"]["weights"] = {**KINDS["mxfp4"][1], **changes}
+    rewrite_json(quantized / "config.json", quantization_config=said)
+    with pytest.raises(CheckpointError, match=message):
+        dense_view(open_checkpoint(quantized))
+
+
 def test_zero_points_of_codes_that_are_said_to_be_symmetric(tmp_path: Path) -> None:
     """Early versions wrote them, all zero. The library subtracts them where it decompresses, and drops others."""
     quantized, dense = write(tmp_path, "int4 groups")
@@ -278,7 +328,7 @@ def test_other_layouts_are_refused_by_name(tmp_path: Path, changes: dict[str, An
 
 
 def test_an_awq_checkpoint_by_way_of_the_librarys_converter(tmp_path: Path) -> None:
-    """As the error for AWQ says; the codes are packed by hand, in the order of AutoAWQ's kernel."""
+    """It is what is read directly; the codes are packed by hand, in the order of AutoAWQ's kernel."""
     generator = torch.Generator().manual_seed(2)
     codes = torch.randint(0, 16, (64, 16), generator=generator)
     zeros = torch.randint(0, 16, (2, 16), generator=generator)
@@ -292,8 +342,8 @@ def test_an_awq_checkpoint_by_way_of_the_librarys_converter(tmp_path: Path) -> N
     said = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": said}))
     save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(CheckpointError, match="AutoAWQConverter"):
-        dense_view(open_checkpoint(tmp_path))
+    direct = dense_view(open_checkpoint(tmp_path)).tensors[f"{Q}.weight"]
+    read = open_values(direct)(0, 64 * 16)
     converter = AutoAWQConverter.from_autoawq_config(said)
     save_file(converter.process(dict(tensors)), tmp_path / "model.safetensors")
     converted = converter.update_config(None)
@@ -303,4 +353,5 @@ def test_an_awq_checkpoint_by_way_of_the_librarys_converter(tmp_path: Path) -> N
     group = torch.arange(64) // 32
     wanted = ((codes - zeros[group]).half() * scales[group]).T
     assert torch.equal(open_values(entry)(0, 64 * 16).view(16, 64), wanted)
+    assert torch.equal(read.view(16, 64), wanted)
     assert torch.equal(decoded_range(entry, 0, 64 * 16).view(16, 64), wanted)

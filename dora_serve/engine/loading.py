@@ -62,6 +62,13 @@ def load_base(
             loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(located.path, **kwargs)
             model, report = loaded
             tokenizer = load_tokenizer(located.path)
+    except ImportError as error:  # of a quantized base, by transformers' quantizer
+        raise UnavailableError(
+            f"The base {str(base)!r} cannot be loaded here: {_first_line(error)}",
+            remedy="Install what it names, or give a dense base: `dora-export merge` makes one of this base and an "
+            "adapter, and needs no such library.",
+            path=str(located.path),
+        ) from error
     except Exception as error:  # transformers, safetensors and tokenizers raise a dozen kinds for what is damaged
         raise CheckpointError(
             f"The base {str(base)!r} cannot be loaded as a causal language model: {_first_line(error)}",

@@ -125,6 +125,90 @@ class ScaledCodes:
 
 
 @dataclass(frozen=True)
+class GptqGroups:
+    """GPTQ: value = (code - zero) * scale of its group, in the dtype of the scales, which holds the difference exactly.
+
+    All is stored the other way round. codes: (inputs * bits / 32, outputs) words of int32, down which the codes of an
+    output follow each other from the lowest bits on, those of 3 bits across the words' borders. scales: (groups,
+    outputs). zeros: (groups, outputs * bits / 32), likewise along its rows; None for the middle of the codes' range.
+    less_one: whether they are stored less one. group: inputs that share a scale; order: the group of each input, None
+    where they follow each other.
+    """
+
+    codes: TensorEntry
+    scales: TensorEntry
+    zeros: TensorEntry | None
+    bits: int
+    less_one: bool
+    group: int
+    order: TensorEntry | None
+
+    @property
+    def label(self) -> str:
+        return f"GPTQ {self.bits} bit"
+
+
+AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
+"""Which four bits of a word hold the code of each of its eight outputs, from the lowest on."""
+
+
+@dataclass(frozen=True)
+class AwqGroups:
+    """AWQ's gemm layout: value = (code - zero) * scale of its group, in the dtype of the scales.
+
+    All is stored the other way round. codes: (inputs, outputs / 8) words of int32, eight codes of 4 bits in AWQ_ORDER;
+    zeros: (groups, outputs / 8), likewise; scales: (groups, outputs). group: inputs that share a scale.
+    """
+
+    codes: TensorEntry
+    scales: TensorEntry
+    zeros: TensorEntry
+    group: int
+
+    @property
+    def label(self) -> str:
+        return "AWQ 4 bit"
+
+
+FLOAT4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+"""What the codes of float4 (e2m1) stand for: sign, two bits of exponent, one of mantissa."""
+
+
+@dataclass(frozen=True)
+class Mxfp4Experts:
+    """gpt-oss' experts: value = FLOAT4[code] * 2 ** (scale - 127), in float32, rounded once.
+
+    The values are (experts, inputs, outputs). codes: (experts, outputs, inputs / 32, 16) bytes, two codes in each, the
+    first in the low half; scales: (experts, outputs, inputs / 32) bytes (OCP Microscaling Formats 1.0).
+    """
+
+    codes: TensorEntry
+    scales: TensorEntry
+
+    @property
+    def label(self) -> str:
+        return "MXFP4"
+
+
+@dataclass(frozen=True)
+class Float4Groups:
+    """compressed-tensors' float4: value = FLOAT4[code] * scale of its group, in float32, rounded once.
+
+    codes: (rows, columns / 2) bytes, the first code in the low half. scales: (rows, columns / group), float8 over the
+    tensor's `divisor` (NVFP4), or the exponents of powers of two plus 127, where that is None (MXFP4).
+    """
+
+    codes: TensorEntry
+    scales: TensorEntry
+    divisor: TensorEntry | None
+    group: int
+
+    @property
+    def label(self) -> str:
+        return f"compressed-tensors {'MXFP4' if self.divisor is None else 'NVFP4'}"
+
+
+@dataclass(frozen=True)
 class Quantization:
     """What a trainer's quantization made of a dense weight: the kind, and the dtype that it was cast to before.
 
@@ -170,4 +254,16 @@ class Transposed:
         return self.source.coding.label if self.source.coding else "transposed"
 
 
-Coding = FourBit | Int8Rows | HqqGroups | Float8Blocks | ScaledCodes | QuantizedOnLoad | Transposed
+Coding = (
+    FourBit
+    | Int8Rows
+    | HqqGroups
+    | Float8Blocks
+    | ScaledCodes
+    | GptqGroups
+    | AwqGroups
+    | Mxfp4Experts
+    | Float4Groups
+    | QuantizedOnLoad
+    | Transposed
+)

@@ -1,6 +1,7 @@
 """compressed-tensors' checkpoints, as llm-compressor writes them for vLLM (compressed_tensors 0.20: compressors/
 pack_quantized, compressors/naive_quantized, quantization/lifecycle/forward.py): integers of 1, 2, 4 or 8 bits packed
-into words, and int8 or float8 as they are, with a scale for the tensor, a row, a group of columns or a block."""
+into words, and int8 or float8 as they are, with a scale for the tensor, a row, a group of columns or a block. Those of
+float4 are in compressed_float4.py."""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ import torch
 from dora_serve.errors import CheckpointError
 from dora_serve.quantized.bitsandbytes import Found
 from dora_serve.quantized.codings import ScaledCodes
+from dora_serve.quantized.compressed_float4 import float4_weight
 from dora_serve.safetensors_file import TensorEntry, read_tensor
 
 _SCALES = (torch.float32, torch.bfloat16, torch.float16)
@@ -22,7 +24,10 @@ _CODES = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
 _BITS = (1, 2, 4, 8)
 """Of a code. Those of 3, 5, 6 and 7 began in a new word once 32 was full until 0.17, and go on into the next since."""
 
-_OF_WEIGHT = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
+_OF_WEIGHT = (
+    *("weight_packed", "weight_scale", "weight_global_scale"),
+    *("weight_zero_point", "weight_shape", "weight_g_idx"),
+)
 _OF_ACTIVATIONS = (
     *("input_scale", "input_zero_point", "input_global_scale", "output_scale", "output_zero_point"),
     *("q_scale", "k_scale", "v_scale", "q_zero_point", "k_zero_point", "v_zero_point"),
@@ -43,7 +48,9 @@ def find_compressed(tensors: Mapping[str, TensorEntry], settings: Mapping[str, A
     weights: dict[str, TensorEntry] = {}
     for name, codes in tensors.items():
         module, _, leaf = name.rpartition(".")
-        if leaf == "weight_packed":
+        if leaf == "weight_packed" and codes.dtype == torch.uint8:
+            weights[f"{module}.weight"] = float4_weight(tensors, module, codes, schemes)
+        elif leaf == "weight_packed":
             weights[f"{module}.weight"] = _packed(tensors, module, codes, schemes)
         elif leaf == "weight" and codes.dtype in _CODES:
             weights[name] = _plain(tensors, module, codes, schemes)
@@ -68,15 +75,22 @@ def _require_plain(tensors: Mapping[str, TensorEntry], settings: Mapping[str, An
     sparse = sparsity.get("format") if isinstance(sparsity, dict) else None
     transforms = settings.get("transform_config")
     rotated = isinstance(transforms, dict) and transforms.get("config_groups")
-    other = next((name for name in tensors if name.endswith((".weight_global_scale", ".bitmask"))), None)
+    other = next((name for name in tensors if name.endswith(".bitmask") or _is_scaled_twice(tensors, name)), None)
     if sparse not in (None, "dense") or rotated or other:
         why = f"sparse ({sparse})" if sparse not in (None, "dense") else "rotated as it runs (transform_config)"
         raise CheckpointError(
             f"The base is stored by compressed-tensors in a layout that is not read here: its weights are "
-            f"{why if sparse or rotated else f'scaled twice (NVFP4 and the like) or sparse ({other})'}.",
+            f"{why if sparse or rotated else f'scaled twice though they are no float4, or sparse ({other})'}.",
             remedy=_OTHER,
             method="compressed-tensors",
         )
+
+
+def _is_scaled_twice(tensors: Mapping[str, TensorEntry], name: str) -> bool:
+    """Whether a tensor is a scale for all of a weight that is no float4, where it means nothing that is known."""
+    module, _, leaf = name.rpartition(".")
+    codes = tensors.get(f"{module}.weight_packed")
+    return leaf == "weight_global_scale" and (codes is None or codes.dtype != torch.uint8)
 
 
 def _schemes(settings: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:

@@ -15,14 +15,20 @@ from torch import Tensor
 from torch.nn import functional
 
 from dora_serve.quantized.codings import (
+    FLOAT4,
+    AwqGroups,
+    Float4Groups,
     Float8Blocks,
     FourBit,
+    GptqGroups,
     HqqGroups,
     Int8Rows,
+    Mxfp4Experts,
     QuantizedOnLoad,
     ScaledCodes,
     Transposed,
 )
+from dora_serve.quantized.decode_columns import awq_rows, gptq_rows, mxfp4_rows, power_of_two
 from dora_serve.quantized.quantize import BlockScales, block_scales, code_of, nearest_values, quantize_rows
 from dora_serve.safetensors_file import TensorEntry, read_bytes, read_range, read_tensor
 
@@ -49,6 +55,14 @@ def open_decoder(entry: TensorEntry) -> Decoder:
         return _by_rows(entry, _float8(entry, coding))
     if isinstance(coding, ScaledCodes):
         return _by_rows(entry, _scaled(entry, coding))
+    if isinstance(coding, GptqGroups):
+        return _by_rows(entry, gptq_rows(entry, coding))
+    if isinstance(coding, AwqGroups):
+        return _by_rows(entry, awq_rows(entry, coding))
+    if isinstance(coding, Mxfp4Experts):
+        return _by_rows(entry, mxfp4_rows(entry, coding))
+    if isinstance(coding, Float4Groups):
+        return _by_rows(entry, _float4(coding))
     if isinstance(coding, Transposed):
         return _transposed(entry, coding)
     assert isinstance(coding, QuantizedOnLoad)
@@ -118,6 +132,21 @@ def _float8(entry: TensorEntry, coding: Float8Blocks) -> Callable[[int, int], Te
         codes = read_range(coding.codes, first * width, last * width).view(-1, width).float()
         grid = scales[torch.arange(first, last) // height]
         return codes * grid.repeat_interleave(across, dim=1)[:, :width]
+
+    return rows
+
+
+def _float4(coding: Float4Groups) -> Callable[[int, int], Tensor]:
+    half, across = coding.codes.shape[1], coding.scales.shape[1]
+    divisor = None if coding.divisor is None else read_tensor(coding.divisor).float()
+    pairs_of = torch.tensor(FLOAT4)[torch.arange(256).unsqueeze(1) >> torch.tensor([0, 4]) & 15]
+
+    def rows(first: int, last: int) -> Tensor:
+        pairs = read_range(coding.codes, first * half, last * half).view(-1, half)
+        stored = read_range(coding.scales, first * across, last * across).view(-1, across)
+        scales = power_of_two(stored) if divisor is None else stored.float() / divisor
+        values = pairs_of[pairs.int()].view(last - first, across, coding.group)
+        return (values * scales.unsqueeze(-1)).flatten(1)
 
     return rows
 

@@ -8,13 +8,17 @@ from typing import Any
 
 import torch
 
-from dora_serve.checkpoint import ShardedCheckpoint
+from dora_serve.checkpoint import ShardedCheckpoint, read_json
 from dora_serve.errors import CheckpointError
+from dora_serve.quantized.auto_round import find_auto_round
+from dora_serve.quantized.awq import find_awq
 from dora_serve.quantized.bitsandbytes import Found, find_bitsandbytes
 from dora_serve.quantized.codings import QuantizedOnLoad, Transposed
 from dora_serve.quantized.compressed_tensors import find_compressed, rounds_activations
 from dora_serve.quantized.float8 import find_float8
+from dora_serve.quantized.gptq import find_gptq
 from dora_serve.quantized.hqq import find_hqq
+from dora_serve.quantized.mxfp4 import find_mxfp4
 from dora_serve.safetensors_file import TensorEntry
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -25,18 +29,15 @@ _BLOCK = (128, 128)
 _ORIGINAL = "merge into the unquantized base that it was made from (--base ORIGINAL --merge-into original)"
 
 _REFUSED: Mapping[str, tuple[str, str]] = {
-    "gptq": ("its codes run down the columns of the transposed weight", "GPTQModel"),
-    "awq": (
-        "its codes lie in the order of AutoAWQ's kernel",
-        "compressed-tensors, whose AutoAWQConverter makes of it what is read here,",
-    ),
     "torchao": ("its tensors are Python objects of torchao, which safetensors files hold only in part", "torchao"),
-    "mxfp4": ("its experts lie in blocks that only its kernels read", "transformers' Mxfp4Config(dequantize=True)"),
     "quanto": ("its codes are objects of optimum-quanto", "optimum-quanto"),
     "aqlm": ("its codes point into learned codebooks", "aqlm"),
     "eetq": ("its int8 codes lie in the order of a CUDA kernel", "EETQ"),
 }
 """What is not read, why, and what can dequantize it."""
+
+SETTINGS_BESIDE: Mapping[str, str] = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
+"""Where AutoGPTQ and AutoAWQ say what they did, which config.json does not in their older checkpoints."""
 
 
 def is_quantized(checkpoint: ShardedCheckpoint) -> bool:
@@ -159,7 +160,17 @@ def _settings(checkpoint: ShardedCheckpoint) -> dict[str, Any]:
             return {"quant_method": "bitsandbytes"}
         if name.endswith(".W_q"):
             return {"quant_method": "hqq"}
+        if name.endswith(".qweight"):
+            return _beside(checkpoint)
     return {}
+
+
+def _beside(checkpoint: ShardedCheckpoint) -> dict[str, Any]:
+    for name, method in SETTINGS_BESIDE.items():
+        found = read_json(checkpoint.folder, name)
+        if found:
+            return {"quant_method": method, **found}
+    return {"quant_method": "unknown"}
 
 
 def _label(weights: Mapping[str, TensorEntry]) -> str:
@@ -191,6 +202,22 @@ def _float8(checkpoint: ShardedCheckpoint, settings: Mapping[str, Any]) -> Found
     return find_float8(checkpoint.tensors, (block[0], block[1]), dtype)
 
 
+def _gptq(checkpoint: ShardedCheckpoint, settings: Mapping[str, Any]) -> Found:
+    return find_gptq(checkpoint.tensors, settings)
+
+
+def _awq(checkpoint: ShardedCheckpoint, settings: Mapping[str, Any]) -> Found:
+    return find_awq(checkpoint.tensors, settings)
+
+
+def _auto_round(checkpoint: ShardedCheckpoint, settings: Mapping[str, Any]) -> Found:
+    return find_auto_round(checkpoint.tensors, settings)
+
+
+def _mxfp4(checkpoint: ShardedCheckpoint, _: Mapping[str, Any]) -> Found:
+    return find_mxfp4(checkpoint.tensors, compute_dtype(checkpoint.config) or torch.bfloat16)
+
+
 def _compressed(checkpoint: ShardedCheckpoint, settings: Mapping[str, Any]) -> Found:
     return find_compressed(checkpoint.tensors, settings)
 
@@ -199,6 +226,10 @@ _FINDERS: Mapping[str, Callable[[ShardedCheckpoint, Mapping[str, Any]], Found]] 
     "bitsandbytes": _bitsandbytes,
     "hqq": _hqq,
     "fp8": _float8,
+    "gptq": _gptq,
+    "awq": _awq,
+    "auto-round": _auto_round,
+    "mxfp4": _mxfp4,
     "compressed-tensors": _compressed,
 }
 
@@ -208,7 +239,8 @@ def _refused(checkpoint: ShardedCheckpoint, method: str) -> CheckpointError:
     return CheckpointError(
         f"The base {str(checkpoint.folder)!r} is quantized with {method}, which is not read here: {why}.",
         remedy=f"Either {_ORIGINAL}, or dequantize it with {library} first, save it with save_pretrained, and give "
-        "that. bitsandbytes (nf4, fp4, int8), HQQ, float8 in blocks (fp8) and compressed-tensors are read as they are.",
+        "that. bitsandbytes (nf4, fp4, int8), HQQ, float8 in blocks (fp8), GPTQ, AWQ, AutoRound, gpt-oss' MXFP4 and "
+        "compressed-tensors are read as they are.",
         path=str(checkpoint.folder),
         method=method,
     )

@@ -6,7 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
+from dora_serve.checkpoint import open_checkpoint
+from dora_serve.quantized.decode import open_values
+from dora_serve.quantized.view import dense_view
 from tests.vllm.cases import Answer, Ask, serve, tiny_adapter, tiny_base, token_prompts
 from tests.vllm.quantized import gptq_and_dense
 
@@ -18,6 +22,7 @@ base it is 3, and on the weights before they were quantized 0.5 to 0.8."""
 
 def test_a_dora_on_an_int4_base_is_that_on_the_dense_base_of_the_same_weights(tmp_path: Path) -> None:
     gptq_and_dense(tiny_base(tmp_path / "base"), tmp_path / "int4", tmp_path / "dense")
+    require_same_values(tmp_path / "int4", tmp_path / "dense")
     dora = tiny_adapter(tmp_path / "dense", tmp_path / "dora")
     prompts = token_prompts()
     batches = [[Ask(prompt, name, TOKENS) for prompt in prompts] for name in (None, "dora")]
@@ -26,6 +31,16 @@ def test_a_dora_on_an_int4_base_is_that_on_the_dense_base_of_the_same_weights(tm
         assert distance(tmp_path / "dense", adapter, prompts, found) < TOLERANCE
         assert distance(tmp_path / "dense", other, prompts, found) > 10 * TOLERANCE
         assert distance(tmp_path / "base", adapter, prompts, found) > 2 * TOLERANCE
+
+
+def require_same_values(int4: Path, dense: Path) -> None:
+    """A merge reads of the int4 base what vLLM is seen to serve: the dense one's weights, to the bit."""
+    tensors = load_file(dense / "model.safetensors")
+    view = dense_view(open_checkpoint(int4)).tensors
+    assert view.keys() == tensors.keys()
+    for name, entry in view.items():
+        assert torch.equal(open_values(entry)(0, tensors[name].numel()), tensors[name].flatten()), name
+    assert sum(entry.coding is not None for entry in view.values()) == 14
 
 
 @torch.inference_mode()
