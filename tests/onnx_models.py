@@ -46,7 +46,9 @@ VISION: dict[str, Any] = {
     "image_size": 16,
     "patch_size": 8,
 }
+SIZES_OF_ONE = {**SIZES, "num_hidden_layers": 1}
 GROUPED = {**SIZES, "num_key_value_heads": 2}
+ONE = {**GROUPED, "num_hidden_layers": 1}
 # Longer than the sliding windows, and one token alone.
 PROMPTS = [np.random.default_rng(length).integers(3, VOCABULARY, length).tolist() for length in (1, 6, 17)]
 
@@ -57,14 +59,10 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
             vocab_size=VOCABULARY, n_embd=32, n_layer=1, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2
         )
     ),
-    "qwen2": lambda: transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**{**GROUPED, "num_hidden_layers": 1})),
-    "qwen3": lambda: transformers.Qwen3ForCausalLM(
-        transformers.Qwen3Config(**{**GROUPED, "num_hidden_layers": 1}, head_dim=8)
-    ),
-    "phi3": lambda: transformers.Phi3ForCausalLM(transformers.Phi3Config(**{**GROUPED, "num_hidden_layers": 1})),
-    "mistral": lambda: transformers.MistralForCausalLM(
-        transformers.MistralConfig(**{**GROUPED, "num_hidden_layers": 1}, head_dim=8, sliding_window=4)
-    ),
+    "qwen2": lambda: transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**ONE)),
+    "qwen3": lambda: transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**ONE, head_dim=8)),
+    "phi3": lambda: transformers.Phi3ForCausalLM(transformers.Phi3Config(**ONE)),
+    "mistral": lambda: transformers.MistralForCausalLM(transformers.MistralConfig(**ONE, head_dim=8, sliding_window=4)),
     "gemma3": lambda: transformers.Gemma3ForCausalLM(
         transformers.Gemma3TextConfig(
             **GROUPED,
@@ -75,26 +73,30 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
         )
     ),
     "mixtral": lambda: transformers.MixtralForCausalLM(
-        transformers.MixtralConfig(**{**GROUPED, "num_hidden_layers": 1}, num_local_experts=4, num_experts_per_tok=2)
+        transformers.MixtralConfig(**ONE, num_local_experts=4, num_experts_per_tok=2)
     ),
     "qwen3_moe": lambda: transformers.Qwen3MoeForCausalLM(
         transformers.Qwen3MoeConfig(
-            **{**GROUPED, "num_hidden_layers": 1},
+            **ONE,
             head_dim=8,
             num_experts=4,
             num_experts_per_tok=2,
             moe_intermediate_size=16,
         )
     ),
-    "bert": lambda: transformers.BertModel(transformers.BertConfig(**SIZES)),
+    "bert": lambda: transformers.BertModel(transformers.BertConfig(**SIZES_OF_ONE)),
     "bert_classifier": lambda: transformers.BertForSequenceClassification(
-        transformers.BertConfig(**SIZES, num_labels=3)
+        transformers.BertConfig(**SIZES_OF_ONE, num_labels=3)
     ),
-    "bert_tagger": lambda: transformers.BertForTokenClassification(transformers.BertConfig(**SIZES, num_labels=3)),
-    "bert_answers": lambda: transformers.BertForQuestionAnswering(transformers.BertConfig(**SIZES)),
-    "roberta_masked": lambda: transformers.RobertaForMaskedLM(transformers.RobertaConfig(**SIZES, type_vocab_size=1)),
+    "bert_tagger": lambda: transformers.BertForTokenClassification(
+        transformers.BertConfig(**SIZES_OF_ONE, num_labels=3)
+    ),
+    "bert_answers": lambda: transformers.BertForQuestionAnswering(transformers.BertConfig(**SIZES_OF_ONE)),
+    "roberta_masked": lambda: transformers.RobertaForMaskedLM(
+        transformers.RobertaConfig(**SIZES_OF_ONE, type_vocab_size=1)
+    ),
     "llama_classifier": lambda: transformers.LlamaForSequenceClassification(
-        transformers.LlamaConfig(**{**GROUPED, "num_hidden_layers": 1}, num_labels=3)
+        transformers.LlamaConfig(**ONE, num_labels=3)
     ),
 }
 MODELS |= {
@@ -109,7 +111,7 @@ MODELS |= {
             word_embed_proj_dim=32,
         )
     ),
-    "phi": lambda: transformers.PhiForCausalLM(transformers.PhiConfig(**{**SIZES, "num_hidden_layers": 1})),
+    "phi": lambda: transformers.PhiForCausalLM(transformers.PhiConfig(**SIZES_OF_ONE)),
     # Its positions come from the attention mask, and its attention is not translated as one operator.
     "falcon": lambda: transformers.FalconForCausalLM(
         transformers.FalconConfig(
@@ -146,7 +148,7 @@ MODELS |= {
     ),
     "llava": lambda: transformers.LlavaForConditionalGeneration(
         transformers.LlavaConfig(
-            text_config=transformers.LlamaConfig(**{**GROUPED, "num_hidden_layers": 1}),
+            text_config=transformers.LlamaConfig(**ONE),
             vision_config=transformers.CLIPVisionConfig(**VISION),
             image_token_id=5,
         )

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from dora_serve.errors import AdapterError, CheckpointError, PlanError, UnavailableError
 from dora_serve.formats import read_adapter
-from dora_serve.onnx_engine.adapters import Tables, read_adapter_file
+from dora_serve.onnx_engine.adapters import Switch, Tables, read_adapter_file
 from exporters.onnx.check.answers import token_inputs
 from exporters.onnx.export import export_onnx
 from exporters.onnx.saving import MODEL_FILE
@@ -34,95 +34,36 @@ from exporters.onnx_adapters.export import put_slots, require_one_graph
 from exporters.onnx_adapters.options import SlotOptions, Which
 from exporters.onnx_adapters.weights import weight_blocks
 from tests.cases import adapt, merge_to, rewrite_tensors, vary
+from tests.onnx_models import GROUPED, MODELS, ONE
 from tests.onnx_swap import Swap, activate, make, open_session, peft_logits, run, slotted
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 96,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-ONE = {**SIZES, "num_key_value_heads": 2, "num_hidden_layers": 1}
 PROMPTS = [np.random.default_rng(length).integers(3, 96, length).tolist() for length in (2, 6, 11, 17)]
 SAMPLES = token_inputs(PROMPTS)
 
-MODELS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
-    # the modules that are adapted: all linear layers and, where it says so, the tied head and the embedding
-    "llama": (
-        lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**ONE, "num_hidden_layers": 2})),
-        {"target_modules": "all-linear"},
-    ),
-    "gpt2": (
-        lambda: transformers.GPT2LMHeadModel(
-            transformers.GPT2Config(vocab_size=96, n_embd=32, n_layer=1, n_head=4, n_positions=64)
-        ),
-        {"target_modules": ["c_attn", "c_proj", "c_fc"]},
-    ),
-    "qwen2, with biases": (
-        lambda: transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**ONE)),
-        {"target_modules": ["q_proj", "k_proj", "v_proj", "down_proj"], "rank_pattern": {"k_proj": 2}},
-    ),
-    "phi3, fused": (
-        lambda: transformers.Phi3ForCausalLM(transformers.Phi3Config(**ONE)),
-        {"target_modules": ["qkv_proj", "gate_up_proj"], "use_rslora": True},
-    ),
-    "gemma3, windows": (
-        lambda: transformers.Gemma3ForCausalLM(
-            transformers.Gemma3TextConfig(
-                **{**ONE, "num_hidden_layers": 2},
-                head_dim=8,
-                query_pre_attn_scalar=8,
-                sliding_window=4,
-                layer_types=["sliding_attention", "full_attention"],
-            )
-        ),
-        {"target_modules": "all-linear"},
-    ),
-    "opt": (
-        lambda: transformers.OPTForCausalLM(
-            transformers.OPTConfig(
-                vocab_size=96,
-                hidden_size=32,
-                ffn_dim=48,
-                num_hidden_layers=1,
-                num_attention_heads=4,
-                max_position_embeddings=64,
-                word_embed_proj_dim=32,
-            )
-        ),
-        {"target_modules": ["q_proj", "v_proj", "fc1", "fc2"]},
-    ),
-    "mixtral, attention": (
-        lambda: transformers.MixtralForCausalLM(
-            transformers.MixtralConfig(**ONE, num_local_experts=4, num_experts_per_tok=2)
-        ),
-        {"target_modules": ["q_proj", "o_proj"]},
-    ),
-    "bert classifier": (
-        lambda: transformers.BertForSequenceClassification(
-            transformers.BertConfig(**{**SIZES, "num_hidden_layers": 1}, num_labels=3)
-        ),
-        {"target_modules": ["query", "value", "dense"]},
-    ),
+# Models of tests.onnx_models, whose traces serve both, and the modules that are adapted.
+ADAPTED: dict[str, dict[str, Any]] = {
+    "llama": {"target_modules": "all-linear"},
+    "gpt2": {"target_modules": ["c_attn", "c_proj", "c_fc"]},
+    "qwen2": {"target_modules": ["q_proj", "k_proj", "v_proj", "down_proj"], "rank_pattern": {"k_proj": 2}},
+    "phi3": {"target_modules": ["qkv_proj", "gate_up_proj"], "use_rslora": True},
+    "gemma3": {"target_modules": "all-linear"},
+    "opt": {"target_modules": ["q_proj", "v_proj", "fc1", "fc2"]},
+    "mixtral": {"target_modules": ["q_proj", "o_proj"]},
+    "bert_classifier": {"target_modules": ["query", "value", "dense"]},
 }
 
 
 @pytest.fixture(scope="module")
 def swaps(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Swap]:
-    """Each model of MODELS with a LoRA and a DoRA, exported once. Read only."""
+    """Each model of ADAPTED with a LoRA and a DoRA, exported once. Read only."""
 
     @cache
     def get(name: str) -> Swap:
         torch.manual_seed(0)
-        build, config = MODELS[name]
+        config = ADAPTED[name]
         adapters = {"lora": {**config, "r": 3}, "dora": {**config, "r": 5, "use_dora": True}}
         which: Which = "all" if name.startswith("bert") else "layers"  # for its pooler
-        return make(vary(build()), tmp_path_factory.mktemp("swap"), adapters, SlotOptions(which))
+        return make(vary(MODELS[name]()), tmp_path_factory.mktemp("swap"), adapters, SlotOptions(which))
 
     return get
 
@@ -138,7 +79,7 @@ def relative(got: Any, wanted: torch.Tensor) -> float:
 FLOAT32 = 32 * sqrt(48) * 2**-24
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ADAPTED)
 def test_swapped_on_one_session_is_peft_unmerged(name: str, swaps: Callable[[str], Swap]) -> None:
     swap = swaps(name)
     onnx.checker.check_model(str(swap.base.path), full_check=True)
@@ -240,11 +181,8 @@ def test_merged_and_swapped_give_the_same_tokens(swaps: Callable[[str], Swap], t
 
 def test_a_model_that_classifies_pictures(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
-    config = transformers.ViTConfig(**sizes, image_size=16, patch_size=8, num_labels=4)
-    model = vary(transformers.ViTForImageClassification(config))
     adapter = {"target_modules": "all-linear", "use_dora": True}
-    swap = make(model, tmp_path, {"dora": adapter}, SlotOptions("all"))
+    swap = make(vary(MODELS["vit"]()), tmp_path, {"dora": adapter}, SlotOptions("all"))
     pictures = torch.randn(4, 1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     samples = [{"pixel_values": picture} for picture in pictures]
     found = check_swap(swap.base, swap.file("dora"), swap.model, read_adapter(swap.adapters["dora"]), samples)
@@ -356,7 +294,7 @@ def _through_the_operator(base: SlottedBase, module: str) -> torch.Tensor:
 # Mixed batches
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral, attention"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
 def test_rows_of_one_run_have_an_adapter_each(name: str, swaps: Callable[[str], Swap], tmp_path: Path) -> None:
     swap = swaps(name)
     base = slotted(swap.dense, tmp_path / "mixed", SlotOptions(mixed=True))
@@ -395,7 +333,7 @@ def test_an_adapter_of_another_base_is_refused_here_and_by_onnxruntime(
     swap = swaps("llama")
     torch.manual_seed(5)
     other = make(
-        vary(transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**ONE, "num_hidden_layers": 2})), 9),
+        vary(transformers.LlamaForCausalLM(transformers.LlamaConfig(**GROUPED)), 9),
         tmp_path,
         {"lora": {"target_modules": "all-linear"}},
     )
@@ -471,9 +409,61 @@ def test_a_file_with_half_a_slot_or_a_slot_too_many(swaps: Callable[[str], Swap]
         "model.layers.0.self_attn.q_proj",
         "model.layers.9.mlp.lora_A",
     }
-    (tmp_path / "text").write_text("no adapter")
-    with pytest.raises(AdapterError, match="no adapter file"):
-        read_adapter_file(tmp_path / "text", swap.base.table)
+
+
+def set_version(data: bytearray) -> None:
+    root = int.from_bytes(data[:4], "little")
+    layout = root - int.from_bytes(data[root : root + 4], "little", signed=True)
+    place = root + int.from_bytes(data[layout + 4 : layout + 6], "little")
+    data[place : place + 4] = (7).to_bytes(4, "little")
+
+
+def set_rank(data: bytearray) -> None:
+    """Of a tensor, so that it would reach far beyond the file. ONNX Runtime itself reads there, and is no more."""
+    place = data.index(np.array([32, 3], dtype=np.int64).tobytes())
+    data[place + 8 : place + 16] = np.array([1 << 40], dtype=np.int64).tobytes()
+
+
+DAMAGE: dict[str, tuple[Callable[[bytearray], object], str]] = {
+    "empty": (bytearray.clear, "it is empty"),
+    "another file": (lambda data: data.__setitem__(slice(None), b"no adapter at all"), "does not begin as one does"),
+    "its beginning alone": (lambda data: data.__delitem__(slice(9, None)), "ends too early"),
+    "cut": (lambda data: data.__delitem__(slice(len(data) // 2, None)), "ends too early"),
+    "another version": (set_version, "format version 7"),
+    "a shape beyond the file": (set_rank, "is said to have the shape"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_file_is_refused_in_our_words(damage: str, swaps: Callable[[str], Swap], tmp_path: Path) -> None:
+    swap, (spoil, said) = swaps("llama"), DAMAGE[damage]
+    data = bytearray(swap.file("lora").read_bytes())
+    spoil(data)
+    (tmp_path / "file").write_bytes(data)
+    with pytest.raises(
+        AdapterError, match=f"is no adapter file of ONNX Runtime, or a damaged one: .*{said}"
+    ) as refused:
+        read_adapter_file(tmp_path / "file", swap.base.table)
+    assert "dora-export onnx-adapter" in str(refused.value)
+
+
+def test_no_flipped_byte_ends_the_process(swaps: Callable[[str], Swap], tmp_path: Path) -> None:
+    """What passes is loaded by ONNX Runtime, and run."""
+    swap, chooser, passed = swaps("llama"), random.Random(0), 0
+    session, whole = open_session(swap.base.path), swap.file("dora").read_bytes()
+    for turn in range(400):
+        data = bytearray(whole)
+        # Most of the file is values; what says where they are begins and ends it, and lies between them.
+        for _ in range(1 + turn % 3):
+            data[chooser.randrange(len(data))] ^= 1 << chooser.randrange(8)
+        (tmp_path / "file").write_bytes(data)
+        try:
+            switch = Switch(read_adapter_file(tmp_path / "file", swap.base.table))
+            run(session, PROMPTS[:1], switch.options())
+            passed += 1
+        except (AdapterError, PlanError):
+            pass
+    assert 100 < passed < 400
 
 
 def test_what_is_no_exported_base(swaps: Callable[[str], Swap], tmp_path: Path) -> None:

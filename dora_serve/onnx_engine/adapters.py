@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
 
 from dora_serve.errors import AdapterError, PlanError, Problem, no_such_path
+from dora_serve.onnx_engine.adapter_format import DamagedFile, read_parameters
 from dora_serve.onnx_engine.slots import ADAPTER_IDS, Slot, SlotTable, guard_of
 
 if TYPE_CHECKING:
@@ -23,14 +24,13 @@ _REMEDY = "Make it for this export: dora-export onnx-adapter ADAPTER --for EXPOR
 
 @dataclass(frozen=True, eq=False)
 class AdapterFile:
-    """A loaded adapter. tensors: by the names of the graph's inputs, without the guard. file: keeps their memory."""
+    """A loaded adapter. tensors: by the names of the graph's inputs, without the guard."""
 
     path: Path
     tensors: Mapping[str, Array]
     slots: tuple[str, ...]
     rank: int
     is_dora: bool
-    file: Any = field(repr=False)
 
     @property
     def nbytes(self) -> int:
@@ -53,21 +53,15 @@ class AdapterFile:
 def read_adapter_file(path: Path, table: SlotTable) -> AdapterFile:
     """An `.onnx_adapter` file that fits the slots.
 
-    Raises AdapterError for what is no adapter file, PlanError for one of another base or export, or that does not fit
-    the slots: a slot that is not there, a rank above a fixed one, half a slot.
+    Raises AdapterError for what is no adapter file, or a damaged one, PlanError for one of another base or export, or
+    that does not fit the slots: a slot that is not there, a rank above a fixed one, half a slot.
     """
-    import onnxruntime
-
     if not path.is_file():
         raise AdapterError(no_such_path("The adapter file", path), remedy="Check the path.", path=str(path))
     try:
-        file = onnxruntime.AdapterFormat.read_adapter(str(path))
-        values = file.get_parameters()
-        tensors = {name: value.numpy() for name, value in values.items()}
-    except Exception as error:  # ONNX Runtime's exceptions have no base of their own
-        raise AdapterError(
-            f"{str(path)!r} is no adapter file of ONNX Runtime: {error}.", remedy=_REMEDY, path=str(path)
-        ) from error
+        tensors = dict(read_parameters(path))
+    except (DamagedFile, OSError) as error:
+        raise unreadable(path, str(error)) from error
     problems = _problems(tensors, table)
     if problems:
         raise PlanError(
@@ -84,7 +78,14 @@ def read_adapter_file(path: Path, table: SlotTable) -> AdapterFile:
         slots=tuple(slot.module for slot in filled),
         rank=max((tensors[slot.lora_A].shape[1] for slot in filled), default=0),
         is_dora=any(bool((tensors[slot.norm_scale] != 1).any()) for slot in filled),
-        file=values,
+    )
+
+
+def unreadable(path: Path, reason: str) -> AdapterError:
+    return AdapterError(
+        f"{str(path)!r} is no adapter file of ONNX Runtime, or a damaged one: {reason}.",
+        remedy=_REMEDY,
+        path=str(path),
     )
 
 
@@ -95,7 +96,14 @@ def _problems(tensors: Mapping[str, Array], table: SlotTable) -> list[Problem]:
         return [
             Problem("the file", f"an adapter for {got}", f"one for {table.guard}", "it was made for another export")
         ]
+    if tensors[guard].shape != (0,):
+        return [Problem(guard, f"a tensor of {list(tensors[guard].shape)}", "an empty one", "the file is damaged")]
     problems, left = [], set(tensors) - {guard}
+    problems += [
+        Problem(name, "values that are not finite", "numbers", "the file is damaged, or the adapter was never sound")
+        for name in sorted(left)
+        if not np.isfinite(tensors[name].astype(np.float32, copy=False)).all()
+    ]
     for slot in table.slots.values():
         names = {slot.lora_A, slot.lora_B, slot.norm_scale}
         here = names & left
@@ -188,7 +196,10 @@ def _load(path: Path) -> Any:
     import onnxruntime
 
     loaded = onnxruntime.LoraAdapter()
-    loaded.Load(str(path))
+    try:
+        loaded.Load(str(path))
+    except Exception as error:  # ONNX Runtime's exceptions have no base of their own
+        raise unreadable(path, "ONNX Runtime does not take it") from error
     return loaded
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from dora_serve.checkpoint import read_json
 from dora_serve.errors import CheckpointError, EngineError, UnavailableError
-from dora_serve.onnx_engine.adapters import AdapterFile
+from dora_serve.onnx_engine.adapters import AdapterFile, unreadable
 from dora_serve.onnx_engine.graph import MODEL_FILE, slot_table
 from dora_serve.onnx_engine.slots import METADATA_KEY, SlotTable
 
@@ -92,6 +92,14 @@ class GenaiRunner:
         except UnavailableError:
             raise
         except Exception as error:  # the runtime's exceptions have no base of their own
+            if (made_for := _made_for(folder)) is not None:
+                raise UnavailableError(
+                    f"{str(folder)!r} was made for {made_for}, and ONNX Runtime GenAI does not run it here"
+                    f"{' on the CPU' if device == 'cpu' else ''}: {_said(error)}",
+                    remedy=f"Run it on a machine with {made_for} and onnxruntime-genai-{made_for.lower()}, or export it "
+                    "anew: dora-export merge ADAPTER --to onnx-adapters --runtime genai --provider cpu -o FOLDER",
+                    path=str(folder),
+                ) from error
             raise CheckpointError(
                 f"{str(folder)!r} cannot be loaded by ONNX Runtime GenAI: {_said(error)}",
                 remedy="Export it again: dora-export merge ADAPTER --to onnx-adapters --runtime genai -o FOLDER",
@@ -103,7 +111,10 @@ class GenaiRunner:
     def put(self, file: AdapterFile) -> _Loaded:
         with self._lock:
             loaded = self._og.Adapters(self._model)
-            loaded.load(str(file.path), _NAME)
+            try:
+                loaded.load(str(file.path), _NAME)
+            except Exception as error:  # the runtime's exceptions have no base of their own
+                raise unreadable(file.path, "ONNX Runtime GenAI does not take it") from error
         return _Loaded(loaded)
 
     def take_out(self, adapter: _Loaded) -> None:
@@ -212,6 +223,13 @@ def _choose(og: Any, config: Any, device: str | None) -> None:
             )
         config.append_provider("cuda")
         config.set_provider_option("cuda", "device_id", device.partition(":")[2] or "0")
+
+
+def _made_for(folder: Path) -> str | None:
+    """The provider that the builder was told, None for the CPU."""
+    said: Any = read_json(folder, CONFIG_FILE)
+    options = said["model"]["decoder"].get("session_options", {}).get("provider_options") or [{}]
+    return next((name.upper() for name in options[0]), None)
 
 
 def _said(error: Exception) -> str:

@@ -4,32 +4,26 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import transformers
-from peft import PeftModel
 
 from app.cli import prepare
 from app.onnx_backend import MARK
 from app.run import Run
 from dora_serve.cli import build_parser, main
-from dora_serve.engine import Request, Sampling
+from dora_serve.engine import Request
 from dora_serve.errors import CheckpointError, EngineError, PlanError, UnavailableError
 from dora_serve.onnx_engine.engine import OnnxEngine
 from dora_serve.progress import ignore_progress
 from exporters.cli import main as export
-from tests.cases import adapt, quiet, vary
+from tests import onnx_engines
+from tests.cases import adapt, vary
 from tests.engine_tokenizers import byte_tokenizer
+from tests.onnx_engines import PROMPTS, Generated, peft_generate
 from tests.onnx_models import GROUPED
-
-PROMPTS = [np.random.default_rng(length).integers(3, 250, length).tolist() for length in (2, 5, 9, 13)]
-NAMES = (None, "lora", "dora")
-Generated = Callable[[str | None, list[int], int], list[int]]
 
 
 def save_model(folder: Path, seed: int = 0) -> None:
@@ -63,48 +57,15 @@ def engine(root: Path) -> OnnxEngine:
 
 @pytest.fixture(scope="module")
 def generated(root: Path) -> Generated:
-    """transformers' own greedy generate of PEFT's model."""
-    models: dict[str | None, Any] = {}
-    with quiet():
-        for name in NAMES:
-            model: Any = transformers.LlamaForCausalLM.from_pretrained(root / "model", dtype=torch.float32)
-            models[name] = (PeftModel.from_pretrained(model, root / name) if name else model).eval()
-
-    def generate(name: str | None, prompt: list[int], count: int) -> list[int]:
-        ids = torch.tensor([prompt])
-        with torch.no_grad(), quiet():
-            out = models[name].generate(
-                input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False
-            )
-        return out[0, len(prompt) :].tolist()  # type: ignore[no-any-return]
-
-    return generate
+    return peft_generate(root / "model", {name: root / name for name in ("lora", "dora")})
 
 
 def test_requests_of_all_adapters_are_generate_of_each(engine: OnnxEngine, generated: Generated) -> None:
-    rows = [(row, name) for row in range(4) for name in NAMES]
-    requests = [Request(PROMPTS[row], adapter=name, max_tokens=9 + 2 * row) for row, name in rows]
-    for max_rows in (12, 5):  # the latter lets some wait until others end
-        for request, done in zip(requests, engine.complete(requests, max_rows=max_rows), strict=True):
-            assert done.error is None
-            assert list(done.token_ids) == generated(
-                request.adapter, list(request.prompt or ()), request.max_tokens or 0
-            )
-    assert len({done.token_ids for done in engine.complete([Request(PROMPTS[2], adapter=one) for one in NAMES])}) == 3
+    onnx_engines.a_batch_of_all_adapters_is_generate_of_each(engine, generated)
 
 
 def test_the_same_seed_gives_the_same_text_whatever_runs_beside_it(engine: OnnxEngine) -> None:
-    requests = [
-        Request(PROMPTS[row % 4], adapter=NAMES[row % 3], sampling=Sampling(temperature=1.0, seed=row), max_tokens=12)
-        for row in range(9)
-    ]
-    together = engine.complete(requests)
-    assert len({done.token_ids for done in together}) == 9
-    for max_rows, order in ((1, range(9)), (4, reversed(range(9)))):
-        chosen = list(order)
-        again = engine.complete([requests[row] for row in chosen], max_rows=max_rows)
-        assert [done.token_ids for done in again] == [together[row].token_ids for row in chosen]
-        assert [done.logprobs for done in again] == [together[row].logprobs for row in chosen]
+    onnx_engines.the_same_seed_gives_the_same_text_whatever_runs_beside_it(engine, same_numbers=True)
 
 
 def test_text_streams_stops_at_a_string_and_can_be_cancelled(engine: OnnxEngine) -> None:
@@ -112,17 +73,7 @@ def test_text_streams_stops_at_a_string_and_can_be_cancelled(engine: OnnxEngine)
     stop = whole.text[5:8]
     (stopped,) = engine.complete([Request("abc", adapter="dora", max_tokens=24, stop=(stop,))])
     assert (stopped.text, stopped.finish_reason) == (whole.text[: whole.text.index(stop)], "stop")
-    generation = engine.generate(
-        [
-            Request(PROMPTS[0], max_tokens=60, ignore_eos=True),
-            Request(PROMPTS[1], adapter="dora", max_tokens=5, ignore_eos=True),
-        ]
-    )
-    events = [next(generation) for _ in range(4)]
-    assert {event.index for event in events} == {0, 1}
-    generation.cancel(0)
-    ended = {event.index: event.finish_reason for event in generation if event.finish_reason}
-    assert ended == {0: "cancelled", 1: "length"}
+    onnx_engines.events_stream_and_one_request_can_be_cancelled(engine)
 
 
 def test_a_text_may_fill_the_context_and_no_more(engine: OnnxEngine, generated: Generated) -> None:
@@ -137,19 +88,8 @@ def test_a_text_may_fill_the_context_and_no_more(engine: OnnxEngine, generated: 
 def test_adapters_come_go_and_are_replaced_while_requests_run(
     engine: OnnxEngine, root: Path, generated: Generated
 ) -> None:
-    running = engine.generate([Request(PROMPTS[3], adapter="dora", max_tokens=8, ignore_eos=True)])
-    tokens = [next(running).token_id for _ in range(3)]
-    with pytest.raises(EngineError, match="1 request is using it"):
-        engine.pool.unload("dora")
-    report = engine.pool.load("dora", root / "exported" / "adapters" / "lora.onnx_adapter", replace=True)
-    assert (report.replaced, report.method, report.rank) == (True, "LoRA", 3)
-    tokens += [event.token_id for event in running if event.token_id is not None]
-    assert tokens == generated("dora", PROMPTS[3], 8)  # what it began with
-    (after,) = engine.complete([Request(PROMPTS[3], adapter="dora", max_tokens=8)])
-    assert list(after.token_ids) == generated("lora", PROMPTS[3], 8)
-    engine.pool.unload("dora")
-    (gone,) = engine.complete([Request(PROMPTS[3], adapter="dora")])
-    assert isinstance(gone.error, EngineError)
+    file = root / "exported" / "adapters" / "lora.onnx_adapter"
+    onnx_engines.adapters_come_go_and_are_replaced_while_requests_run(engine, file, generated)
 
 
 def test_verify_sees_a_file_of_another_adapter(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -196,6 +136,13 @@ def test_what_it_cannot_serve_is_refused(root: Path, tmp_path: Path) -> None:
         export([*merge, "--runtime", "genai", "--mixed-batches", "-o", str(tmp_path / "mixed")])
     with pytest.raises(UnavailableError, match="no CUDA"):
         OnnxEngine.load(root / "exported", device="cuda")
+    config = json.loads((tmp_path / "other" / "genai_config.json").read_text())
+    config["model"]["decoder"]["session_options"]["provider_options"] = [{"cuda": {}}]
+    (tmp_path / "other" / "genai_config.json").write_text(json.dumps(config))
+    with pytest.raises(UnavailableError, match=r"was made for CUDA.*onnxruntime-genai-cuda.*--provider cpu"):
+        OnnxEngine.load(tmp_path / "other")
+    config["model"]["decoder"]["session_options"]["provider_options"] = []
+    (tmp_path / "other" / "genai_config.json").write_text(json.dumps(config))
     (tmp_path / "other" / "model.onnx.data").write_bytes(b"short")
     with pytest.raises(CheckpointError, match="cannot be loaded by ONNX Runtime GenAI"):
         OnnxEngine.load(tmp_path / "other")
