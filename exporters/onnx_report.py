@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from dora_serve.terminal import format_bytes, format_number, format_table
 
 if TYPE_CHECKING:
-    from exporters.onnx.forecast import OnnxForecast, PipelineForecast
+    from exporters.onnx.forecast import Forecast, OnnxForecast, PipelineForecast
 
 
 def forecast_text(found: OnnxForecast | PipelineForecast) -> str:
@@ -16,14 +16,13 @@ def forecast_text(found: OnnxForecast | PipelineForecast) -> str:
     from exporters.onnx.forecast import OnnxForecast
 
     weights = f"{found.dtype}, weights {found.quantize}" if found.quantize else found.dtype
-    available = "" if found.available_bytes is None else f" ({format_bytes(found.available_bytes)} available)"
     rows = [
         ["dtype", weights],
         ["opset", str(found.opset) if found.opset is not None else "the builder's"],
         *_cache_rows(found),
         ["for", found.provider],
         ["size, about", format_bytes(found.bytes)],
-        ["memory of the verification, about", f"{format_bytes(found.memory_bytes)}{available}"],
+        ["memory of the verification, at most about", _memory(found)],
     ]
     notes = [f"Note: {note}" for note in found.notes]
     if not isinstance(found, OnnxForecast):
@@ -34,7 +33,14 @@ def forecast_text(found: OnnxForecast | PipelineForecast) -> str:
     return "\n".join([format_table(rows, ("ONNX", "")), *notes])
 
 
-def _cache_rows(found: OnnxForecast | PipelineForecast) -> list[list[str]]:
+def _memory(found: Forecast) -> str:
+    if found.memory_bytes is None:
+        return "none: --no-verify"
+    available = "" if found.available_bytes is None else f" ({format_bytes(found.available_bytes)} available)"
+    return f"{format_bytes(found.memory_bytes)}{available}"
+
+
+def _cache_rows(found: Forecast) -> list[list[str]]:
     from exporters.onnx.forecast import OnnxForecast
 
     if not isinstance(found, OnnxForecast) or found.opset is None:
@@ -134,7 +140,9 @@ def swap_text(check: Mapping[str, Any]) -> str:
     table = format_table(rows, ("", "largest", "allowed", "KL"))
     greedy = f"; {check['greedy_equal']} of {check['greedy_total']} go on alike" if check["greedy_total"] else ""
     layers = f" The file's tensors are the adapter in {check['layers_equal']} of {check['layers']} layers."
-    return f"{title}\n{table}\n{check['prompts']} prompts{greedy}.{layers if check['layers'] else ''}"
+    weights = f" {check['initializers_equal']} of {check['initializers']} weights are the base's."
+    said = [layers if check["layers"] else "", weights if check["initializers"] else ""]
+    return f"{title}\n{table}\n{check['prompts']} prompts{greedy}.{''.join(said)}"
 
 
 def _optional(value: float | None) -> str:

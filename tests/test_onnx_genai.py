@@ -69,13 +69,25 @@ def test_a_wrong_element_is_found_row_by_row(model: Path, tmp_path: Path) -> Non
     assert report.initializers_equal == report.initializers - 1
 
 
-def test_the_loss_of_a_quantized_folder_is_measured(model: Path, tmp_path: Path) -> None:
+def test_the_loss_of_a_quantized_folder_is_measured_and_its_codes_are_compared(model: Path, tmp_path: Path) -> None:
     made = export(model, tmp_path / "out", quantize="int8")
     report = check(model, made.folder)
     assert report.failures == ()
+    assert report.initializers == report.initializers_equal == 12  # five of each layer, the head and the embedding
     assert report.tolerance is None
     assert report.kl is not None
     assert 1e-8 < report.kl < 0.1
+    graph = onnx.load(made.folder / "model.onnx", load_external_data=False).graph
+    codes = max((one for one in graph.initializer if one.data_type == onnx.TensorProto.UINT8), key=lambda one: one.name)
+    said = {entry.key: entry.value for entry in codes.external_data}
+    with (made.folder / said["location"]).open("r+b") as file:
+        file.seek(int(said["offset"]) + 5)
+        byte = file.read(1)[0]
+        file.seek(int(said["offset"]) + 5)
+        file.write(bytes([byte ^ 1]))
+    report = check(model, made.folder)
+    assert report.initializers_equal == report.initializers - 1
+    assert any(codes.name in failure for failure in report.failures)
 
 
 def test_the_folder_of_another_model_fails(model: Path, tmp_path: Path) -> None:

@@ -165,6 +165,21 @@ def test_blocks_are_those_of_onnx_runtimes_own_quantizer(
         assert np.array_equal(value.numpy().reshape(-1), wanted[key].reshape(-1))
 
 
+@pytest.mark.parametrize("quantize", ["int4", "int8"])
+def test_one_integer_beside_the_nearest_fails(exported: Callable[..., Any], tmp_path: Path, quantize: str) -> None:
+    model, export = exported("tied", quantize=quantize)
+    folder = shutil.copytree(export.folder, tmp_path / "onnx")
+    name = f"model.layers.0.mlp.up_proj.weight.{quantize}"
+    tensors = {one.name: one for one in onnx.load(export.path, load_external_data=False).graph.initializer}
+    place = int(next(entry.value for entry in tensors[name].external_data if entry.key == "offset"))
+    data = bytearray((folder / DATA_FILE).read_bytes())
+    data[place + 7] ^= 1
+    (folder / DATA_FILE).write_bytes(data)
+    report = check_onnx(folder, model, token_inputs(PROMPTS))
+    assert report.initializers_equal == report.initializers - 1
+    assert any(name in failure for failure in report.failures)
+
+
 @pytest.mark.parametrize("part", [".int8", ".int8.scales"])
 def test_quantized_weights_of_another_model_fail(exported: Callable[..., Any], tmp_path: Path, part: str) -> None:
     """As of an export whose adapter was ignored: one matrix is the base's."""

@@ -25,19 +25,19 @@ _ROUTER_OPERATORS = frozenset({"Softmax", "Sigmoid", "Cast", "Reshape", "Add"})
 _ROUTER_NODES = 12
 
 
-def quantize_rows(rows: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+def quantize_rows(rows: Tensor, bits: int, block_size: int = BLOCK_SIZE) -> tuple[Tensor, Tensor]:
     """uint8 (rows, blocks, bytes) and float32 scales (rows, blocks) of float32 (rows, columns), padded with zeros."""
     from onnxruntime.capi import _pybind_state
 
     count, columns = rows.shape
-    blocks = -(-columns // BLOCK_SIZE)
-    padded = torch.nn.functional.pad(rows, (0, blocks * BLOCK_SIZE - columns))
+    blocks = -(-columns // block_size)
+    padded = torch.nn.functional.pad(rows, (0, blocks * block_size - columns))
     turned = padded.T.contiguous().numpy()
-    values = np.zeros((count, blocks, BLOCK_SIZE * bits // 8), dtype=np.uint8)
+    values = np.zeros((count, blocks, block_size * bits // 8), dtype=np.uint8)
     scales = np.zeros((count, blocks), dtype=np.float32)
     zeros = np.zeros((count, -(-blocks * bits // 8)), dtype=np.uint8)
     quantize = _pybind_state.quantize_matmul_8bits if bits == 8 else _pybind_state.quantize_matmul_4bits
-    quantize(values, turned, scales, zeros, BLOCK_SIZE, count, columns, True)
+    quantize(values, turned, scales, zeros, block_size, count, columns, True)
     return torch.from_numpy(values), torch.from_numpy(scales)
 
 

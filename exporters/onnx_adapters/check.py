@@ -19,19 +19,19 @@ from dora_serve.onnx_engine.genai_runner import is_genai
 from dora_serve.onnx_engine.slots import SlotTable
 from dora_serve.reference import attach_adapter
 from exporters.onnx.architectures import architecture_of, kind_of, output_names
-from exporters.onnx.check.answers import Expected, Got, Inputs
+from exporters.onnx.check.answers import Expected, Got, Inputs, Weights
+from exporters.onnx.check.check import compare_any
 from exporters.onnx.check.comparing import count_greedy
 from exporters.onnx.check.distances import kl_divergence, max_abs_difference, top1_agreement
 from exporters.onnx.check.genai_runner import GenaiRunner
 from exporters.onnx.check.memory import why_not_run
 from exporters.onnx.check.onnx_side import Runner, run_onnx, whole_answers
 from exporters.onnx.check.torch_side import round_at_random, torch_answer, torch_greedy
-from exporters.onnx.check.weights import compare_weights
 from exporters.onnx.loading import load_model, quiet, require
 from exporters.onnx_adapters.adapter_file import SlottedBase
 from exporters.onnx_adapters.check_layers import differing_slots
 from exporters.onnx_adapters.linears import Linear
-from exporters.onnx_adapters.weights import weight_blocks
+from exporters.onnx_adapters.weights import fingerprint, weight_blocks
 
 if TYPE_CHECKING:
     import torch
@@ -60,6 +60,7 @@ class SwapCheck:
     one that changes nothing. without_magnitude_max_abs: the distance when the file's norm_scale is left out, which has
     to be seen; None for LoRA. layers_equal of layers: those whose tensors in the file do what the unmerged layer does.
     greedy_equal of greedy_total prompts go on with the same tokens.
+    initializers, initializers_equal: weights of the graph, and those that are the base's, as for `OnnxCheck`.
     reference: what torch ran: "base", or "dequantized" where the graph's weights are codes. lost_kl: what the graph
     without an adapter lost against torch's float32 of the model itself, quantizing included. not_run: why nothing was
     run, and every number is None then.
@@ -67,6 +68,8 @@ class SwapCheck:
 
     prompts: int
     reference: str
+    initializers: int
+    initializers_equal: int
     passed: bool
     failures: tuple[str, ...] = ()
     not_run: tuple[str, ...] = ()
@@ -125,17 +128,16 @@ def check_swap(
         genai = is_genai(base.path.parent)
         reference = "dequantized" if packed else "base"
         if too_large := why_not_run(model_folder, base.path.parent):
-            if not packed and not genai:
-                compare_weights([base.path], model_folder, lambda name: None, failures)
-            return SwapCheck(len(samples), reference, not failures, tuple(failures), (too_large,))
+            weights = compare_any([base.path], model_folder, lambda name: None, failures)
+            return SwapCheck(
+                len(samples), reference, weights.total, weights.equal, not failures, tuple(failures), (too_large,)
+            )
         tell("running torch, the adapter unmerged")
         model: Any = load_model(model_folder, attention="eager", experts="eager")
         torch.nn.Module.to(model, device)
         whole = [torch_answer(model, sample) for sample in samples]
-        if packed:
-            _serve_the_same(model, packed)
-        elif not genai:  # whose weights have names and forms of their own, and are judged by what they compute
-            compare_weights([base.path], model_folder, model.state_dict().get, failures)
+        weights = compare_any([base.path], model_folder, model.state_dict().get, failures)
+        _serve_the_same(model, packed)
         plain = [torch_answer(model, sample) for sample in samples]
         with attach_adapter(model, adapter):
             wanted = [torch_answer(model, sample) for sample in samples]
@@ -173,12 +175,14 @@ def check_swap(
         failures.append(
             f"The graph's KL divergence from torch in float32 is {lost_kl:.3g}, and --max-kl is {max_kl:g}."
         )
+    if fingerprint(base.model) != base.table.fingerprint:
+        failures.append("The graph's weights are not those that its slots were made for.")
     if differing:
         failures.append(
             f"{len(differing)} of {layers} layers have tensors in the file that do another thing than the unmerged "
             f"adapter, {differing[0]} among them."
         )
-    found = _judge(expected, plain, without, swapped, spoiled, exact=exact, failures=failures)
+    found = _judge(expected, plain, without, swapped, spoiled, weights, exact=exact, failures=failures)
     # To the bit: however coarsely the graph computes, what it takes in shows.
     if rounding < (found.effect_max_abs or 0) and _distance(swapped.answers, without) == 0:
         failures.append("The graph answers as it does without the adapter: it is ignored.")
@@ -186,7 +190,13 @@ def check_swap(
         failures.append("The graph answers as it does without the file's norm_scale: the magnitude is ignored.")
     equal = layers - len(differing)
     return replace(
-        found, passed=not failures, failures=tuple(failures), lost_kl=lost_kl, layers=layers, layers_equal=equal
+        found,
+        reference=reference,
+        passed=not failures,
+        failures=tuple(failures),
+        lost_kl=lost_kl,
+        layers=layers,
+        layers_equal=equal,
     )
 
 
@@ -234,6 +244,7 @@ def _judge(
     without: Sequence[torch.Tensor],
     swapped: Got,
     spoiled: Sequence[torch.Tensor] | None,
+    weights: Weights,
     *,
     exact: bool,
     failures: list[str],
@@ -266,7 +277,9 @@ def _judge(
         failures.append("The answers are the same without the file's norm_scale: the magnitude is ignored.")
     return SwapCheck(
         prompts=len(wanted),
-        reference="base" if exact else "dequantized",
+        reference="base",
+        initializers=weights.total,
+        initializers_equal=weights.equal,
         provider=swapped.provider,
         base_max_abs=base_max_abs,
         base_kl=base_kl,

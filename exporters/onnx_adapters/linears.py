@@ -20,7 +20,7 @@ _SCOPES = "pkg.torch.onnx.name_scopes"
 _WRAPPER = "model."  # the attribute in which the exporter's own module keeps the model
 
 # What may follow a module's name in the name of its weight: how it is stored, and how a quantizer calls its codes.
-_WEIGHT = re.compile(r"(\.MatMul)?\.weight(\.T)?((_DQ)?_Q\d+G?)?$|\.qweight$")
+_WEIGHT = re.compile(r"(\.MatMul)?\.weight(\.T)?((_DQ)?_Q\d+(G\d*)?)?$|\.qweight$")
 # ONNX Runtime GenAI's builder calls the attention of every family so.
 _GENAI = (re.compile(r"(\.layers\.\d+)\.attn\.(?=[qkvo]_proj$)"), r"\1.self_attn.")
 

@@ -17,7 +17,7 @@ from dora_serve.errors import UnavailableError
 from dora_serve.onnx_engine.slots import ADAPTER_IDS, METADATA_KEY, Slot, SlotTable
 from exporters.onnx_adapters.linears import Linear, find_linears
 from exporters.onnx_adapters.options import SlotOptions
-from exporters.onnx_adapters.weights import fingerprint
+from exporters.onnx_adapters.weights import SLOT_CONSTANTS, fingerprint
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -150,7 +150,7 @@ class _Surgery:
         x, product = node.inputs[0], node.outputs[0]
         assert x is not None
         lora_a, lora_b, scale = (added("Gather", [tensor, self._ids]) for tensor in tensors)
-        scale = added("Unsqueeze", [scale, self._constant("slots.axis", [1])])
+        scale = added("Unsqueeze", [scale, self._constant("axis", [1])])
         has_rows = x.shape is not None and len(x.shape) == 3 and str(x.shape[0]) == self._batch
         if has_rows:
             delta = added("MatMul", [added("MatMul", [x, lora_a]), lora_b])
@@ -159,9 +159,9 @@ class _Surgery:
             # Tokens of all rows, one row after the other: give them their rows back for as long as it takes.
             rows = added("Shape", [self._ids])
             by_row = [
-                added("Concat", [rows, self._constant("slots.rest", [-1]), size], {"axis": 0})
+                added("Concat", [rows, self._constant("rest", [-1]), size], {"axis": 0})
                 for size in (
-                    self._constant(f"slots.size.{width}", [width]) for width in (self._in(tensors), self._out(tensors))
+                    self._constant(f"size.{width}", [width]) for width in (self._in(tensors), self._out(tensors))
                 )
             ]
             delta = added("MatMul", [added("MatMul", [added("Reshape", [x, by_row[0]]), lora_a]), lora_b])
@@ -204,6 +204,7 @@ class _Surgery:
         return value
 
     def _constant(self, name: str, values: list[int]) -> onnx_ir.Value:
+        name = f"{SLOT_CONSTANTS}{name}"
         if name not in self._constants:
             ir = self._ir
             value = ir.Value(name=name, shape=ir.Shape([len(values)]), type=ir.TensorType(ir.DataType.INT64))

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
     Array: TypeAlias = NDArray[Any]
 
+SLOT_CONSTANTS = "slots."
+"""Begins the names of what the slots of a graph bring with them, which is no weight of the base."""
 _BLOCK_ELEMENTS = 1 << 22
 
 
@@ -58,14 +60,15 @@ def array_of(value: onnx_ir.Value) -> Array:
 
 
 def fingerprint(model: onnx_ir.Model) -> str:
-    """sha256 (hexadecimal) over name, dtype, shape and bytes of every parameter of the graph, in order of name.
+    """sha256 (hexadecimal) over name, dtype, shape and bytes of every parameter of the graph, in order of name; the
+    same with slots and without.
 
     Two exports have the same where they serve the same base in the same way, so that an adapter's norms fit both.
     """
     digest = hashlib.sha256()
     for name in sorted(model.graph.initializers):
         value = model.graph.initializers[name]
-        if not is_parameter(value) or value.const_value is None:
+        if not is_parameter(value) or value.const_value is None or name.startswith(SLOT_CONSTANTS):
             continue
         tensor = value.const_value
         digest.update(f"{name}\0{tensor.dtype}\0{list(tensor.shape)}\0".encode())

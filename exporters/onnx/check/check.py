@@ -13,10 +13,10 @@ from exporters.onnx.architectures import architecture_of
 from exporters.onnx.check.answers import Got, Inputs, Weights
 from exporters.onnx.check.comparing import compare
 from exporters.onnx.check.genai_runner import GenaiRunner
-from exporters.onnx.check.genai_weights import compare_rows
 from exporters.onnx.check.memory import why_not_run
 from exporters.onnx.check.onnx_side import Runner, run_onnx
 from exporters.onnx.check.report import OnnxCheck
+from exporters.onnx.check.row_weights import compare_rows, is_quantized_by_another
 from exporters.onnx.check.structure import check_structure
 from exporters.onnx.check.torch_side import half_limits, run_torch
 from exporters.onnx.check.weights import compare_weights, numbers_of, storage_dtype
@@ -80,11 +80,6 @@ def check_onnx(
     architecture = architecture_of(model_folder)
     failures: list[str] = []
 
-    def compared(loaded: Callable[[str], Tensor | None]) -> Weights:
-        if genai:
-            return compare_rows(graphs, model_folder, failures)
-        return compare_weights(graphs, model_folder, loaded, failures)
-
     with quiet(), torch.no_grad():
         tell("checking the graphs")
         dtype, quantize = numbers_of(graphs)
@@ -93,13 +88,13 @@ def check_onnx(
             check_structure(graphs, failures)
         too_large = why_not_run(model_folder, folder)
         if too_large is not None:
-            weights = compared(lambda name: None)
+            weights = compare_any(graphs, model_folder, lambda name: None, failures)
             return _not_run(dtype, weights, too_large, len(samples), failures)
         tell("running torch in float32 and float64")
         # Eager everything: what the exporter traced is sdpa and batched_mm.
         model = load_model(model_folder, attention="eager", experts="eager")
         state: Mapping[str, Tensor] = model.state_dict()
-        weights = compared(state.get)
+        weights = compare_any(graphs, model_folder, state.get, failures)
         torch.nn.Module.to(model, device)
         stored = storage_dtype(model_folder) if reference_logits is not None else None
         expected = run_torch(model, samples, greedy_tokens, stored)
@@ -128,6 +123,16 @@ def check_onnx(
         max_kl=max_kl,
         failures=failures,
     )
+
+
+def compare_any(
+    graphs: Sequence[Path], model_folder: Path, loaded: Callable[[str], Tensor | None], failures: list[str]
+) -> Weights:
+    """The weights of graphs, by their names where these are the model's, and row by row where they are not: those of
+    ONNX Runtime GenAI's builder, and integers of another quantizer."""
+    if is_genai(graphs[0].parent) or is_quantized_by_another(graphs):
+        return compare_rows(graphs, model_folder, failures)
+    return compare_weights(graphs, model_folder, loaded, failures)
 
 
 def _no_provider(dtype: str, device: str) -> str | None:

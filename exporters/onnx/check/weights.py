@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 
     Found: TypeAlias = Mapping[str, onnx_ir.TensorProtocol]
 
-# A symmetric scale is the largest element of its block over the most negative integer, whose opposite is one too many.
-_STEPS = 1.001
+# A symmetric scale is the largest element of its block over the most negative integer, whose opposite is one too many:
+# what would be there is a whole step away, and all else at most half of one.
+_STEPS = 1e-3
 _SCALE_ERROR = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 _LARGE = 1 << 16
 
@@ -42,7 +43,8 @@ def compare_weights(
     checkpoint = open_checkpoint(model_folder)
     tensors: dict[str, onnx_ir.TensorProtocol] = {}
     for path in graphs:
-        tensors.update(initializers_of(path, failures))
+        model = load_graph(path, failures)
+        tensors.update(initializers_of(model) if model is not None else {})
     weights = {
         name: tensor
         for name, tensor in tensors.items()
@@ -101,20 +103,23 @@ def _stored_twice(weights: Found, places: Mapping[str, set[object]], checkpoint:
         yield f"{len(twice)} weights are stored more than once, such as {', '.join(sorted(twice)[:3])}."
 
 
-def initializers_of(path: Path, failures: list[str]) -> dict[str, onnx_ir.TensorProtocol]:
-    """Of a graph, by name, their data not read yet; a failure for a file that is none."""
+def load_graph(path: Path, failures: list[str]) -> onnx_ir.Model | None:
+    """A graph whose data is not read yet; a failure for a file that is none."""
     import onnx_ir
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
     try:
-        initializers = onnx_ir.load(path).graph.initializers
+        return onnx_ir.load(path)
     except DecodeError:
         failures.append(f"{path.name} is not an ONNX file.")
-        return {}
+        return None
+
+
+def initializers_of(model: onnx_ir.Model) -> dict[str, onnx_ir.TensorProtocol]:
+    """Of a graph, by name. A default that is fed over is no weight."""
     return {
         name: value.const_value
-        for name, value in initializers.items()
-        # A default that is fed over is no weight.
+        for name, value in model.graph.initializers.items()
         if value.const_value is not None and not value.is_graph_input()
     }
 
@@ -192,8 +197,8 @@ def _is_quantized(
     checkpoint: ShardedCheckpoint,
     loaded: Callable[[str], Tensor | None],
 ) -> bool:
-    """Whether integers and scales are those of the checkpoint's tensor: no further from it than the step of a scale,
-    the scale being that of the largest element of its block."""
+    """Whether integers and scales are those of the checkpoint's tensor: each integer the nearest one, the scale being
+    that of the largest element of its block."""
     assert form.bits is not None
     entry = checkpoint.tensors.get(form.parameter)
     expected = read_tensor(entry).float() if entry is not None else loaded(form.parameter)
@@ -210,9 +215,14 @@ def _is_quantized(
     if form.part == "scales":
         wanted = padded.unflatten(-1, block).abs().amax(-1) / (1 << (form.bits - 1))
         return bool(((scale.float().abs() - wanted).abs() <= _SCALE_ERROR[scale.dtype] * wanted).all())
-    served = dequantize_rows(stored, scale, form.bits, matrix.shape[-1])
-    allowed = scale.float().abs().repeat_interleave(32, -1)[..., : matrix.shape[-1]] * _STEPS
-    return bool(((served - matrix).abs() <= allowed).all())
+    codes = dequantize_rows(stored, torch.ones_like(scale), form.bits, matrix.shape[-1])
+    steps = matrix / scale.float().repeat_interleave(32, -1)[..., : matrix.shape[-1]]
+    wanted = torch.where(matrix == 0, 0.0, steps)  # a block of zeros has the scale 0
+    # The scale was rounded to its dtype after the integers were chosen by it.
+    slack = _STEPS + 2.0 ** (form.bits - 1) * torch.finfo(scale.dtype).eps
+    top = 2 ** (form.bits - 1) - 1
+    fits = ((wanted - codes).abs() <= 0.5 + slack) | ((codes == top) & (wanted > top) & (wanted <= top + 1 + slack))
+    return bool(fits.all())
 
 
 def _digest(tensor: Tensor) -> bytes:
