@@ -46,6 +46,7 @@ from dora_serve.checkpoint import ShardedCheckpoint, open_checkpoint, read_json
 from dora_serve.comparison import Comparison, Tolerance, compare, dtype_name, scale_of
 from dora_serve.denoiser_inputs import denoiser_samples
 from dora_serve.errors import CheckpointError, PlanError, UnavailableError
+from dora_serve.forward_dtypes import deployed_dtype, is_narrow, wide_dtype
 from dora_serve.forward_memory import why_not_run
 from dora_serve.forward_report import ForwardOptions, ForwardReport
 from dora_serve.model_classes import DIFFUSERS_KEY, ModelClass
@@ -67,7 +68,6 @@ from dora_serve.safetensors_file import TensorEntry
 
 ROUNDED_FACTOR = 2.5
 COMPUTED_FACTOR = 3.0
-_RUNNABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def check_forward(
@@ -142,8 +142,7 @@ class _Check:
             return self._stopped(str(stop), [str(stop)])
         except CannotRun as stop:
             return self._stopped(str(stop))
-        narrow = deployed in (torch.bfloat16, torch.float16)
-        wide = torch.float32 if narrow else torch.float64
+        narrow, wide = is_narrow(deployed), wide_dtype(deployed)
         self.runs_planned = 6 if narrow else 5
         if too_large := self._too_large(wide):
             return self._stopped(too_large)
@@ -411,18 +410,11 @@ def _entries(model: ShardedCheckpoint | Path) -> Iterable[TensorEntry]:
 
 
 def _deployed_dtype(folder: Path, config: Mapping[str, object]) -> torch.dtype:
-    """The dtype that from_pretrained takes by itself: the configuration's, else that of most of the weights."""
-    text_config = config.get("text_config")
-    for table in (config, text_config if isinstance(text_config, dict) else {}):
-        dtype = getattr(torch, str(table.get("dtype") or table.get("torch_dtype")), None)
-        if isinstance(dtype, torch.dtype) and dtype in _RUNNABLE:
-            return dtype
     try:
         tensors = open_checkpoint(folder).tensors.values()
     except CheckpointError as error:
         raise MergedCannotRun(str(error)) from error
-    sizes = {dtype: sum(entry.nbytes for entry in tensors if entry.dtype == dtype) for dtype in _RUNNABLE}
-    return max(sizes, key=lambda dtype: sizes[dtype])
+    return deployed_dtype(config, ((entry.dtype, entry.nbytes) for entry in tensors))
 
 
 def _trained_tokens(adapter: Adapter) -> list[int]:

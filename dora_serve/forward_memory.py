@@ -1,4 +1,4 @@
-"""Whether a forward check fits into memory, asked before a model is loaded."""
+"""How much memory a forward check takes, and whether there is so much, asked before a model is loaded."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from math import prod
 
 import torch
 
+from dora_serve.checkpoint import read_json
 from dora_serve.comparison import dtype_name
+from dora_serve.forward_dtypes import deployed_dtype, wide_dtype
 from dora_serve.memory import available_memory
+from dora_serve.plan import MergePlan, TensorPlan
 from dora_serve.safetensors_file import TensorEntry
 
 _MODEL = 1.1
@@ -21,6 +24,20 @@ _REST = 300 << 20
 """transformers, activations, an adapter's factors."""
 
 
+def needed_memory(elements: int, config: Mapping[str, object], dtype: torch.dtype) -> int:
+    """Bytes that are enough for a model of so many parameters in `dtype`, and the logits of all prompts."""
+    return _REST + int(dtype.itemsize * (_MODEL * elements + _LOGITS * _POSITIONS * _classes(config)))
+
+
+def planned_memory(plan: MergePlan) -> int:
+    """Of the forward check of a merge that is yet to be made."""
+    config, tensors = read_json(plan.base.folder), plan.tensors.values()
+    changes = {path[-1]: value for path, value in plan.config_changes.items() if path[-1] in ("dtype", "torch_dtype")}
+    deployed = deployed_dtype({**config, **changes}, ((tensor.dtype, tensor.nbytes) for tensor in tensors))
+    elements = max(elements_of(plan.base.tensors.values()), elements_of(tensors))
+    return needed_memory(elements, config, wide_dtype(deployed))
+
+
 def why_not_run(
     models: Iterable[Iterable[TensorEntry]], config: Mapping[str, object], dtype: torch.dtype
 ) -> str | None:
@@ -29,8 +46,8 @@ def why_not_run(
     available = available_memory()
     if available is None:
         return None
-    elements = max((sum(prod(entry.shape) for entry in entries) for entries in models), default=0)
-    needed = _REST + int(dtype.itemsize * (_MODEL * elements + _LOGITS * _POSITIONS * _classes(config)))
+    elements = max(map(elements_of, models), default=0)
+    needed = needed_memory(elements, config, dtype)
     if needed <= available:
         return None
     return (
@@ -38,6 +55,10 @@ def why_not_run(
         f"of memory, and {available / 1e9:.3g} GB are available here. `dora-export verify` runs the forward on a "
         "machine that has more, or a GPU that does."
     )
+
+
+def elements_of(tensors: Iterable[TensorEntry] | Iterable[TensorPlan]) -> int:
+    return sum(prod(tensor.shape) for tensor in tensors)
 
 
 def _count(elements: int) -> str:

@@ -109,14 +109,17 @@ class Foreseen:
 def plan_only(request: ExportRequest, on_progress: OnProgress = ignore_progress) -> Foreseen:
     """Plan, and look ahead; nothing is written. Raises what `plan_export` raises."""
     sources, plan = plan_export(request, on_progress)
-    if isinstance(plan, PipelinePlan):
-        if request.to != "onnx":
-            return Foreseen(plan)
+    found: OnnxForecast | PipelineForecast | None = None
+    if not isinstance(plan, PipelinePlan):
+        found = EXPORTERS[request.to].forecast(plan, request.options, file_stem(sources.adapter.spec))
+    elif request.to == "onnx":
         from exporters.onnx.forecast import forecast_pipeline
         from exporters.onnx.options import OnnxOptions
 
-        return Foreseen(plan, forecast_pipeline(plan, request.options.onnx or OnnxOptions()))
-    return Foreseen(plan, EXPORTERS[request.to].forecast(plan, request.options, file_stem(sources.adapter.spec)))
+        found = forecast_pipeline(plan, request.options.onnx or OnnxOptions())
+    if found is not None and not request.verify:
+        found = replace(found, memory_bytes=None)
+    return Foreseen(plan, found)
 
 
 def run_export(request: ExportRequest, on_progress: OnProgress = ignore_progress) -> Export:

@@ -9,12 +9,13 @@ from math import prod
 import torch
 
 from dora_serve.checkpoint import read_json
+from dora_serve.forward_memory import elements_of, planned_memory
 from dora_serve.memory import available_memory
 from dora_serve.pipeline_plan import PipelinePlan
 from dora_serve.plan import MergePlan, TensorPlan
 from exporters.onnx import graph_cache
 from exporters.onnx.architectures import Kind, architecture_of, kind_of
-from exporters.onnx.check.memory import needed_memory
+from exporters.onnx.check.memory import compared_memory
 from exporters.onnx.components import component_of
 from exporters.onnx.encoder_decoder import DECODER_FILE, ENCODER_FILE
 from exporters.onnx.options import OnnxOptions
@@ -31,24 +32,19 @@ _GRAPHS: Mapping[Kind, tuple[str, ...]] = {
 _BLOCK = 32
 
 
-@dataclass(frozen=True)
-class OnnxForecast:
-    """route: who makes the graphs. files: of the output, without configuration and tokenizer. opset: None where the
-    builder chooses. cached: whether the traced graph is in the cache, None where that is not known before the merge or
-    nothing is traced. bytes: of graphs and data, about. memory_bytes: what the verification takes at its peak, about;
+@dataclass(frozen=True, kw_only=True)
+class Forecast:
+    """What is foreseen of graphs, whatever model they are of. opset: None where the builder chooses. bytes: of graphs
+    and data, about. memory_bytes: enough for the verification, the forward of the merge among it; None without one.
     available_bytes: what there is, None where the system does not say.
     """
 
-    route: str
-    architecture: str
-    files: tuple[str, ...]
     dtype: str
     quantize: str | None
     opset: int | None
     provider: str
-    cached: bool | None
     bytes: int
-    memory_bytes: int
+    memory_bytes: int | None
     available_bytes: int | None
     notes: tuple[str, ...] = ()
 
@@ -56,12 +52,32 @@ class OnnxForecast:
         return asdict(self)
 
 
+@dataclass(frozen=True, kw_only=True)
+class OnnxForecast(Forecast):
+    """Of one model. route: who makes the graphs. files: of the output, without configuration and tokenizer. cached:
+    whether the traced graph is in the cache, None where that is not known before the merge or nothing is traced.
+    """
+
+    route: str
+    architecture: str
+    files: tuple[str, ...]
+    cached: bool | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineForecast(Forecast):
+    """Of a pipeline. graphs: the folders of the graphs of each component, none for one that stays as safetensors.
+    memory_bytes: of the component that takes most.
+    """
+
+    graphs: Mapping[str, tuple[str, ...]]
+
+
 def forecast(plan: MergePlan, options: OnnxOptions, *, adapter_file: str | None = None) -> OnnxForecast:
     """Of `--to onnx`, or with the name of an adapter's file of `--to onnx-adapters`, which exports the base itself."""
     architecture = architecture_of(plan.base.folder, becomes_dense=True)
     genai = options.runtime == "genai"
     files = (*_GRAPHS[kind_of(architecture)], DATA_FILE, *(("genai_config.json",) if genai else ()))
-    elements = sum(prod(tensor.shape) for tensor in plan.tensors.values())
     size = _nbytes(plan, options)
     return OnnxForecast(
         route="ONNX Runtime GenAI's builder" if genai else "torch.onnx.export (dynamo)",
@@ -73,45 +89,28 @@ def forecast(plan: MergePlan, options: OnnxOptions, *, adapter_file: str | None 
         provider=options.provider,
         cached=None if genai else _is_cached(plan, options, architecture, base_alone=adapter_file is not None),
         bytes=size,
-        memory_bytes=needed_memory(elements, size),
+        memory_bytes=max(planned_memory(plan), _compared(plan, size)),
         available_bytes=available_memory(),
         notes=provider_notes(options),
     )
-
-
-@dataclass(frozen=True)
-class PipelineForecast:
-    """Of a pipeline. graphs: the folders of the graphs of each component, none for one that stays as safetensors.
-    bytes: of graphs and data, about. memory_bytes: what the comparison takes with the largest component, about.
-    """
-
-    graphs: Mapping[str, tuple[str, ...]]
-    dtype: str
-    quantize: str | None
-    opset: int
-    provider: str
-    bytes: int
-    memory_bytes: int
-    available_bytes: int | None
-    notes: tuple[str, ...] = ()
-
-    def to_json(self) -> dict[str, object]:
-        return asdict(self)
 
 
 def forecast_pipeline(plan: PipelinePlan, options: OnnxOptions) -> PipelineForecast:
     """Of `--to onnx`. Whether the graphs are in the cache is not looked up."""
     graphs = {name: component_of(plan.base.folder / name).parts for name in plan.components}
     sizes = {name: _nbytes(plan.components[name], options) for name, parts in graphs.items() if parts}
-    elements = {name: sum(prod(tensor.shape) for tensor in plan.components[name].tensors.values()) for name in sizes}
+    needed = [
+        *(planned_memory(plan.components[name]) for name in plan.adapted),
+        *(_compared(plan.components[name], size) for name, size in sizes.items()),
+    ]
     return PipelineForecast(
-        graphs,
+        graphs=graphs,
         dtype=options.dtype,
         quantize=options.quantize,
         opset=options.opset,
         provider=options.provider,
         bytes=sum(sizes.values()),
-        memory_bytes=max((needed_memory(elements[name], size) for name, size in sizes.items()), default=0),
+        memory_bytes=max(needed, default=0),
         available_bytes=available_memory(),
         notes=provider_notes(options),
     )
@@ -129,6 +128,10 @@ def provider_notes(options: OnnxOptions) -> tuple[str, ...]:
         "The graphs are for CUDA, which ONNX Runtime does not have here: what can be compared is compared on its CPU "
         "provider, and nothing was run on a GPU.",
     )
+
+
+def _compared(plan: MergePlan, size: int) -> int:
+    return compared_memory(elements_of(plan.tensors.values()), size, read_json(plan.base.folder))
 
 
 def _nbytes(plan: MergePlan, options: OnnxOptions) -> int:

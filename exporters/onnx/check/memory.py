@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from math import prod
+from collections.abc import Mapping
 from pathlib import Path
 
-from dora_serve.checkpoint import open_checkpoint
+import torch
+
+from dora_serve.checkpoint import open_checkpoint, read_json
+from dora_serve.forward_memory import elements_of, needed_memory
 from dora_serve.memory import available_memory
 
-# Of torch's model in float32: the embedding goes through float64, and activations and logits come on top.
-_TORCH = 1.2
 # Of the data file: ONNX Runtime reads it, and packs matrices anew while it does.
-_RUNTIME = 1.3
+_RUNTIME = 2.0
 
 
-def needed_memory(elements: int, data_bytes: int) -> int:
-    """Bytes, about: torch's model of so many parameters, or the graphs in ONNX Runtime after it, whichever is more."""
-    return int(max(_TORCH * 4 * elements, _RUNTIME * data_bytes))
+def compared_memory(elements: int, data_bytes: int, config: Mapping[str, object]) -> int:
+    """Bytes that are enough: for torch's model in float32, or for the graphs in ONNX Runtime after it, whichever takes
+    more, and the logits of both."""
+    torch_bytes = needed_memory(elements, config, torch.float32)
+    return max(torch_bytes, needed_memory(0, config, torch.float32) + int(_RUNTIME * data_bytes))
 
 
 def why_not_run(model_folder: Path, onnx_folder: Path) -> str | None:
@@ -24,8 +27,9 @@ def why_not_run(model_folder: Path, onnx_folder: Path) -> str | None:
     available = available_memory()
     if available is None:
         return None
-    elements = sum(prod(entry.shape) for entry in open_checkpoint(model_folder).tensors.values())
-    needed = needed_memory(elements, sum(path.stat().st_size for path in onnx_folder.glob("*.data")))
+    elements = elements_of(open_checkpoint(model_folder).tensors.values())
+    data = sum(path.stat().st_size for path in onnx_folder.glob("*.data"))
+    needed = compared_memory(elements, data, read_json(model_folder))
     if needed <= available:
         return None
     return (
