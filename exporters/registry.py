@@ -84,6 +84,7 @@ def _nothing_to_check(plan: MergePlan, options: ExportOptions) -> None:
 
 def _check_onnx_architecture(plan: MergePlan, options: ExportOptions) -> None:
     from exporters.onnx.architectures import architecture_of
+    from exporters.onnx.export import require_graphs
     from exporters.onnx.genai import require_genai
     from exporters.onnx.loading import require
     from exporters.onnx.options import OnnxOptions, require_possible
@@ -95,6 +96,8 @@ def _check_onnx_architecture(plan: MergePlan, options: ExportOptions) -> None:
         architecture = architecture_of(plan.base.folder, becomes_dense=True)
         if chosen.runtime == "genai":
             require_genai(chosen, architecture)
+        elif plan.base.quantization is None:
+            require_graphs(plan.base.folder, chosen)
 
 
 def export_safetensors(given: ExportInput) -> Exported:
@@ -190,8 +193,10 @@ def export_four_bit_folder(given: ExportInput, *, double: bool) -> Exported:
 
 def _check_slots(plan: MergePlan, options: ExportOptions) -> None:
     from exporters.onnx.architectures import architecture_of
+    from exporters.onnx.export import require_graphs
     from exporters.onnx.genai import require_genai
     from exporters.onnx.loading import require
+    from exporters.onnx.options import OnnxOptions, require_possible
     from exporters.onnx_adapters.export import require_one_graph, require_servable
 
     require("onnx", "onnxscript", "onnxruntime", "transformers")
@@ -205,8 +210,12 @@ def _check_slots(plan: MergePlan, options: ExportOptions) -> None:
     require_servable(plan.adapter, options.slots)
     architecture = architecture_of(plan.base.folder)
     require_one_graph(architecture)
-    if options.onnx is not None and options.onnx.runtime == "genai":
-        require_genai(options.onnx, architecture)
+    chosen = options.onnx or OnnxOptions()
+    require_possible(chosen)
+    if chosen.runtime == "genai":
+        require_genai(chosen, architecture)
+    else:
+        require_graphs(plan.base.folder, chosen)
 
 
 def export_onnx_adapters(given: ExportInput) -> Exported:

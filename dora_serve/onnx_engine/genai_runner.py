@@ -96,8 +96,8 @@ class GenaiRunner:
                 raise UnavailableError(
                     f"{str(folder)!r} was made for {made_for}, and ONNX Runtime GenAI does not run it here"
                     f"{' on the CPU' if device == 'cpu' else ''}: {_said(error)}",
-                    remedy=f"Run it on a machine with {made_for} and onnxruntime-genai-{made_for.lower()}, or export it "
-                    "anew: dora-export merge ADAPTER --to onnx-adapters --runtime genai --provider cpu -o FOLDER",
+                    remedy=f"Run it on a machine with {made_for} and onnxruntime-genai-{made_for.lower()}, or export "
+                    "for the CPU: dora-export merge ADAPTER --to onnx-adapters --runtime genai -o FOLDER",
                     path=str(folder),
                 ) from error
             raise CheckpointError(

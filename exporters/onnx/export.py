@@ -113,8 +113,6 @@ def export_onnx(
     Raises UnavailableError for what this machine lacks or this exporter does not do, CheckpointError for a folder that
     does not hold the whole model, OutputError where the files cannot be written.
     """
-    import torch
-
     tell = on_progress or (lambda message: None)
     options = options or OnnxOptions()
     require("onnx", "onnxscript", "transformers", *(("onnxruntime",) if options.quantize else ()))
@@ -123,14 +121,41 @@ def export_onnx(
     with quiet():
         weights = stored_weights(model_folder, architecture)
 
-        def build(mode: FakeTensorMode, attention: str | None) -> Built:
-            from exporters.onnx.empty_model import empty_model
-
-            model = empty_model(model_folder, getattr(torch, options.dtype), weights, mode, attention)
-            return model, partial(traceables, model)
-
         key = trace_key(model_folder, architecture, weights, options)
+        build = _builder(model_folder, weights, options)
         return write_graphs(architecture, weights, key, build, out_folder, options, metadata or {}, tell)
+
+
+def require_graphs(model_folder: Path, options: OnnxOptions) -> None:
+    """Raise UnavailableError for a model that has no graphs here, as far as its forward says so without being traced:
+    seconds, whatever its size. CheckpointError for a folder that does not hold the whole model.
+    """
+    import torch
+
+    from exporters.onnx.empty_model import fake_mode
+
+    with quiet(), torch.no_grad():
+        weights = stored_weights(model_folder, architecture := architecture_of(model_folder))
+        if options.cache and graph_cache.holds(options.cache, trace_key(model_folder, architecture, weights, options)):
+            return
+        mode = fake_mode()
+        _, make_graphs = _builder(model_folder, weights, options)(mode, None)
+        with mode:
+            make_graphs()
+
+
+def _builder(
+    model_folder: Path, weights: StoredWeights, options: OnnxOptions
+) -> Callable[[FakeTensorMode, str | None], Built]:
+    def build(mode: FakeTensorMode, attention: str | None) -> Built:
+        import torch
+
+        from exporters.onnx.empty_model import empty_model
+
+        model = empty_model(model_folder, getattr(torch, options.dtype), weights, mode, attention)
+        return model, partial(traceables, model)
+
+    return build
 
 
 Built: TypeAlias = "tuple[torch.nn.Module, Callable[[], Mapping[str, Traceable]]]"
