@@ -27,7 +27,7 @@ from torch import Tensor
 Kind = Literal["linear", "conv", "embedding"]
 Axis = Literal["out", "in"]
 RowOrder = Literal["base", "torchtune", "torchtune_export", "megatron_qkv", "megatron_gate_up"]
-ReplacementRole = Literal["modules_to_save", "bias", "base_layer"]
+ReplacementRole = Literal["modules_to_save", "bias", "base_layer", "beside"]
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,8 @@ class ExpertLora:
 class Replacement:
     """A whole trained tensor that takes the place of the base's, before any LoRA is applied to it.
 
-    name: the parameter's path in the model that was trained, e.g. "score.weight".
+    name: the parameter's path in the model that was trained, e.g. "score.weight". role: how it came to be whole; one
+    "beside" the rest belongs to a part of the trained model that the base's class may not have.
     """
 
     name: str

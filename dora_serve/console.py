@@ -160,8 +160,8 @@ def _print_no_more() -> None:
 
 
 FORMAT_NAMES = (
-    *("torchtune", "peft", "nvlabs", "mlx", "adalora", "dynamic", "tensorrt-llm", "bayesian", "fsdp-qlora"),
-    *("megatron", "ai-toolkit", "diffusers", "onetrainer", "kohya"),
+    *("torchtune", "peft", "nvlabs", "vl-bart", "mlx", "adalora", "dynamic", "tensorrt-llm", "bayesian"),
+    *("fsdp-qlora", "megatron", "ai-toolkit", "diffusers", "onetrainer", "kohya"),
 )
 """Those of `dora_serve.formats`, which is not imported before a command runs."""
 

@@ -40,6 +40,8 @@ def scores_of(model: Any, sample: Sample) -> tuple[str, Tensor]:
     model without a head, with the projection where a text encoder has one, or what a denoiser makes of its latents."""
     output = call(model, sample.inputs)
     denoised = getattr(output, "sample", None)
+    if isinstance(denoised, list):
+        denoised = torch.stack(denoised)  # of a model that takes a list of latents: here it was one
     if isinstance(denoised, Tensor):
         channels_last = denoised.movedim(1, -1) if denoised.ndim > 3 else denoised
         return "output", channels_last.flatten(0, -2)

@@ -1,23 +1,23 @@
-"""From the names of the models that Stability AI and Black Forest Labs published to those of diffusers.
+"""From the names under which a denoiser was published to those of diffusers.
 
-kohya's sd-scripts trains SDXL and Flux under the original names, with dots or with underscores for them. diffusers
-named the same layers anew (its scripts convert_original_stable_diffusion_to_diffusers.py and
-convert_flux_to_diffusers.py), and of Flux it split the fused projections.
+kohya's sd-scripts trains SDXL and the diffusion transformers under the original names, with dots or with underscores
+for them. diffusers named the same layers anew (its script convert_original_stable_diffusion_to_diffusers.py for UNets;
+original_transformers.py has the transformers).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from itertools import accumulate
-from typing import TypeVar
+
+import torch
 
 from dora_serve.adapter import Adapter, LazyTensor, LoraWeights
 from dora_serve.checkpoint import ShardedCheckpoint
 from dora_serve.errors import PlanError, Problem
-
-T = TypeVar("T")
+from dora_serve.original_transformers import LAYOUTS
 
 _RESNET: Mapping[str, str] = {
     "in_layers.2": "conv1",
@@ -33,52 +33,40 @@ _UNET_ENDS: Mapping[str, str] = {
     "label_emb.0.2": "add_embedding.linear_2",
     "out.2": "conv_out",
 }
-_DOUBLE: Mapping[str, tuple[str, ...]] = {
-    "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
-    "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
-    "img_attn.proj": ("attn.to_out.0",),
-    "txt_attn.proj": ("attn.to_add_out",),
-    "img_mlp.0": ("ff.net.0.proj",),
-    "img_mlp.2": ("ff.net.2",),
-    "txt_mlp.0": ("ff_context.net.0.proj",),
-    "txt_mlp.2": ("ff_context.net.2",),
-    "img_mod.lin": ("norm1.linear",),
-    "txt_mod.lin": ("norm1_context.linear",),
-}
-_SINGLE: Mapping[str, tuple[str, ...]] = {
-    "linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
-    "linear2": ("proj_out",),
-    "modulation.lin": ("norm.linear",),
-}
-_FLUX_ENDS: Mapping[str, tuple[str, ...]] = {
-    "img_in": ("x_embedder",),
-    "txt_in": ("context_embedder",),
-    "time_in.in_layer": ("time_text_embed.timestep_embedder.linear_1",),
-    "time_in.out_layer": ("time_text_embed.timestep_embedder.linear_2",),
-    "vector_in.in_layer": ("time_text_embed.text_embedder.linear_1",),
-    "vector_in.out_layer": ("time_text_embed.text_embedder.linear_2",),
-    "guidance_in.in_layer": ("time_text_embed.guidance_embedder.linear_1",),
-    "guidance_in.out_layer": ("time_text_embed.guidance_embedder.linear_2",),
-    "final_layer.linear": ("proj_out",),
-}
-"""Not final_layer.adaLN_modulation.1: diffusers stores its two halves the other way round."""
+_DENOISER = re.compile(r"^(unet|transformer(_2)?|prior|diffusion_model)\.")
+"""What stands for a denoiser in front of its modules' names."""
+
+
+def of_component(adapter: Adapter, base: ShardedCheckpoint) -> Adapter:
+    """The adapter with the names that its modules have in `base`, where that is the denoiser of a pipeline by itself.
+
+    Raises PlanError as in_diffusers_names does.
+    """
+    if "_class_name" not in base.config:
+        return adapter
+    modules = tuple(replace(module, module=_DENOISER.sub("", module.module)) for module in adapter.modules)
+    return in_diffusers_names(replace(adapter, modules=modules), base)
 
 
 def in_diffusers_names(adapter: Adapter, component: ShardedCheckpoint) -> Adapter:
-    """The adapter of a UNet or a Flux transformer with every module that has an original name under diffusers' own.
+    """The adapter of a denoiser with every module that has an original name under diffusers' own.
 
-    A module of which diffusers made several becomes several, each with its rows of lora_B and of the magnitude.
-    Raises PlanError for one whose magnitude is of its inputs: its norm runs over all the rows together.
+    A module of which diffusers made several becomes several, each with its rows of lora_B and of the magnitude; one
+    whose halves diffusers swapped has its rows swapped. Raises PlanError for one that is split and whose magnitude is
+    of its inputs: its norm runs over all the rows together.
     """
-    rename = _RENAMERS.get(str(component.config.get("_class_name")))
-    if rename is None:
+    kind = str(component.config.get("_class_name"))
+    layout = LAYOUTS.get(kind)
+    if layout is None and kind != "UNet2DConditionModel":
         return adapter
     modules: list[LoraWeights] = []
     problems: list[Problem] = []
     for module in adapter.modules:
-        names = rename(module.module, component)
+        names = _unet(module.module, component) if layout is None else layout.rename(module.module)
         rows = [component.tensors[f"{name}.weight"].shape[0] for name in names if f"{name}.weight" in component.tensors]
-        if len(names) == 1:
+        if layout is not None and names != (module.module,) and layout.is_swapped(names[0], component.config):
+            modules.append(_swapped(module, names[0]))
+        elif len(names) == 1:
             modules.append(replace(module, module=names[0]))
         elif len(rows) != len(names) or sum(rows) != module.lora_B.shape[0]:
             wanted = f"the {len(names)} layers {', '.join(names)} with as many rows together"
@@ -99,6 +87,19 @@ def in_diffusers_names(adapter: Adapter, component: ShardedCheckpoint) -> Adapte
 def _part(module: LoraWeights, name: str, start: int, stop: int) -> LoraWeights:
     magnitude = None if module.magnitude is None else _rows(module.magnitude, start, stop)
     return replace(module, module=name, lora_B=_rows(module.lora_B, start, stop), magnitude=magnitude)
+
+
+def _swapped(module: LoraWeights, name: str) -> LoraWeights:
+    """The same layer with the second half of its rows first; a norm over all of them does not see that."""
+    magnitude = module.magnitude
+    if magnitude is not None and module.norm.axis != "in":
+        magnitude = _halves_swapped(magnitude)
+    return replace(module, module=name, lora_B=_halves_swapped(module.lora_B), magnitude=magnitude)
+
+
+def _halves_swapped(tensor: LazyTensor) -> LazyTensor:
+    half = tensor.shape[0] // 2
+    return tensor.map(tensor.shape, lambda whole: torch.cat([whole[half:], whole[:half]]))
 
 
 def _rows(tensor: LazyTensor, start: int, stop: int) -> LazyTensor:
@@ -137,24 +138,6 @@ def _within(path: str, rest: str) -> str:
     return f"{path}.{rest}" if "." in rest else f"{path}.{rest}".replace(".", "_")
 
 
-def _flux(name: str, component: ShardedCheckpoint) -> tuple[str, ...]:
-    if name in _flattened(_FLUX_ENDS):
-        return _flattened(_FLUX_ENDS)[name]
-    match = re.fullmatch(r"(double|single)_blocks[._](\d+)[._](.+)", name)
-    if match is None:
-        return (name,)
-    table = _flattened(_DOUBLE if match[1] == "double" else _SINGLE)
-    where = "transformer_blocks" if match[1] == "double" else "single_transformer_blocks"
-    leaves = table.get(match[3])
-    return (name,) if leaves is None else tuple(f"{where}.{match[2]}.{leaf}" for leaf in leaves)
-
-
-def _flattened(table: Mapping[str, T]) -> dict[str, T]:
+def _flattened(table: Mapping[str, str]) -> dict[str, str]:
     """The table with its names in both styles."""
     return {**table, **{name.replace(".", "_"): value for name, value in table.items()}}
-
-
-_RENAMERS: Mapping[str, Callable[[str, ShardedCheckpoint], tuple[str, ...]]] = {
-    "UNet2DConditionModel": _unet,
-    "FluxTransformer2DModel": _flux,
-}

@@ -25,7 +25,7 @@ _ALIASES: Mapping[str, tuple[str, ...]] = {
     "unet": ("transformer",),
     "transformer": ("unet",),
     "diffusion_model": ("transformer", "unet"),
-    "text_encoder_3": ("text_encoder_2",),
+    "text_encoder_3": ("text_encoder_2", "text_encoder"),
 }
 """Names that trainers give to a component, and the folders that it may be in where there is none of that name: kohya's
 scripts call every denoiser a unet, and a T5 the third text encoder."""

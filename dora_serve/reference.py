@@ -281,10 +281,13 @@ class _Attachment:
         if found is not None:
             table = found[1]._parameters if leaf in found[1]._parameters else found[1]._buffers
         old = table.get(leaf)
+        if change.role == "beside" and old is None:
+            return  # no forward of this class reads it
         if found is None or old is None:
             self.problem(change.name, f"no such tensor in {type(self.names.model).__name__}", "one to replace")
             return
-        if change.tensor.shape[1:] != old.shape[1:] or len(change.tensor.shape) != old.ndim:
+        fits = change.tensor.shape[1:] == old.shape[1:] or change.role == "beside"
+        if not fits or len(change.tensor.shape) != old.ndim:
             # The first dimension may be another: a resized vocabulary, a head with its own number of labels.
             self.problem(change.name, f"a trained tensor of {list(change.tensor.shape)}", f"{list(old.shape)}")
             return

@@ -455,7 +455,7 @@ def _replace(draft: _Draft, adapter: Adapter, change: Replacement) -> None:
     if not places:
         places = _tied_places(draft, change.name)
     if not places:
-        if change.role == "modules_to_save":
+        if change.role in ("modules_to_save", "beside"):
             draft.added[change.name] = change.tensor
             _describe_head(draft, change)
             return
@@ -471,18 +471,27 @@ def _replace(draft: _Draft, adapter: Adapter, change: Replacement) -> None:
 def _put(draft: _Draft, change: Replacement, tensor: str) -> None:
     """Let a trained tensor take the place of a stored (or added) one."""
     shape, new = _shape(draft, tensor), change.tensor.shape
-    resized = len(shape) == len(new) > 0 and shape[1:] == new[1:] and _is_vocabulary(draft.base.config, shape[0])
-    if shape != new and not resized:
+    axis = _vocabulary_axis(draft.base.config, shape, new) if shape != new else None
+    if shape != new and axis is None:
         draft.problem(change.name, f"a trained tensor of {list(new)}", f"the base's {list(shape)}")
         return
-    if shape != new:
+    if axis is not None:
         for path in _vocabulary_paths(draft.base.config):
-            draft.config_changes[path] = new[0]
-        draft.notes.append(f"{tensor} has {new[0]} rows in the adapter and {shape[0]} in the base.")
+            draft.config_changes[path] = new[axis]
+        draft.notes.append(f"{tensor} has {new[axis]} rows in the adapter and {shape[axis]} in the base.")
     if tensor in draft.added:
         draft.added[tensor] = change.tensor
     else:
         draft.sources[tensor] = change.tensor
+
+
+def _vocabulary_axis(config: Mapping[str, object], shape: tuple[int, ...], new: tuple[int, ...]) -> int | None:
+    """The axis along which both are a table or a row (1, tokens) over a vocabulary, of two sizes; else None."""
+    for axis in (0, 1) if shape[:1] == (1,) else (0,):
+        others = [(*one[:axis], *one[axis + 1 :]) for one in (shape, new)]
+        if len(shape) == len(new) > axis and others[0] == others[1] and _is_vocabulary(config, shape[axis]):
+            return axis
+    return None
 
 
 def _kept_ties(draft: _Draft, adapter: Adapter, change: Replacement) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from dora_serve.checkpoint import ShardedCheckpoint, open_checkpoint
 from dora_serve.errors import DoraServeError
 from dora_serve.formats import ReadOptions, read_adapter
 from dora_serve.hub import Located, hub_repository, locate
+from dora_serve.original_names import of_component
 from dora_serve.pipeline_folder import PipelineFolder, is_pipeline, open_pipeline
 from dora_serve.pipeline_plan import PipelinePlan, plan_pipeline
 from dora_serve.plan import MergePlan
@@ -58,6 +59,7 @@ def open_sources(
     if isinstance(checkpoint, PipelineFolder):
         _require_plain_choice(choice)
         return Sources(located, found, checkpoint, contents)
+    contents = of_component(contents, checkpoint)
     chosen = choose_base(checkpoint, contents, choice or BaseChoice())
     return Sources(located, found, chosen.checkpoint, contents, chosen.notes)
 

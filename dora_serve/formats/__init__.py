@@ -23,6 +23,7 @@ from dora_serve.formats import (
     peft,
     tensorrt_llm,
     torchtune,
+    vl_bart,
 )
 from dora_serve.formats.files import CONFIG_NAME, PICKLES, header, open_weights, peek_config
 from dora_serve.formats.kohya_names import weights_file
@@ -46,6 +47,7 @@ FORMATS: Mapping[str, Format] = {
     "torchtune": Format("torchtune", torchtune.sniff, torchtune.read),
     "peft": Format("PEFT", peft.sniff, peft.read),
     "nvlabs": Format("NVlabs DoRA", nvlabs.sniff, nvlabs.read),
+    "vl-bart": Format("NVlabs DoRA of VL-BART", vl_bart.sniff, vl_bart.read),
     "mlx": Format("mlx-lm", mlx.sniff, mlx.read),
     "adalora": Format("AdaLoRA", adalora.sniff, adalora.read),
     "dynamic": Format("Dynamic Low-Rank Adaptation", dynamic.sniff, dynamic.read),

@@ -2,7 +2,7 @@
 
 One file for all parts of a pipeline: `unet.<module>.lora.down.weight` (r, in), `.lora.up.weight` (out, r), or
 `lora_A`, `lora_B`, and `lora_magnitude_vector` (out,) with PEFT's formula. alpha is in the metadata, or nowhere: then
-diffusers' own loader takes alpha = rank, whatever it was trained with.
+diffusers' own loader takes alpha = rank, whatever it was trained with, and ai-toolkit's files are of that kind.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ METADATA_KEY = "lora_adapter_metadata"
 _WHY = (
     f"the metadata have no {METADATA_KEY}, and diffusers' loader takes alpha = rank then, whatever it was trained with"
 )
-COMPONENT = re.compile(r"^(unet|transformer|prior|text_encoder|text_encoder_2|text_encoder_3|controlnet|decoder)\.")
+_AI_TOOLKIT = "ai-toolkit"
+"""It says so in its metadata, and trains with alpha = rank whatever it saves under these names (lora_special.py)."""
+COMPONENT = re.compile(r"^(unet|transformer(?:_2)?|prior|text_encoder(?:_[234])?|controlnet|decoder)\.")
 _DOWN = r"(?:lora\.down|lora_linear_layer\.down|lora_A(?:\.default(?:_\d+)?)?)"
 _UP = r"(?:lora\.up|lora_linear_layer\.up|lora_B(?:\.default(?:_\d+)?)?)"
 _ROLES: Roles = (
@@ -53,7 +55,8 @@ def read(path: Path, options: ReadOptions) -> Adapter:
     weights = open_finite(path, weights_file(path), (DIFFUSERS_NAME,), options.allow_pickle)
     configs = _configs(weights.file, weights.metadata, options)
     parts = group(weights.tensors, _ROLES, _renamed)
-    modules = of_each(weights.file, parts, lambda module, found: _of_module(module, found, configs, options))
+    unscaled = _AI_TOOLKIT in weights.metadata.get("software", "")
+    modules = of_each(weights.file, parts, lambda module, found: _of_module(module, found, configs, options, unscaled))
     unsaid = [module for module in modules if _component(module.module) not in configs]
     return Adapter(
         path=path,
@@ -102,7 +105,11 @@ def _configs(file: Path, metadata: Mapping[str, str], options: ReadOptions) -> d
 
 
 def _of_module(
-    module: str, found: Mapping[str, LazyTensor], configs: Mapping[str, PeftConfig], options: ReadOptions
+    module: str,
+    found: Mapping[str, LazyTensor],
+    configs: Mapping[str, PeftConfig],
+    options: ReadOptions,
+    unscaled: bool,
 ) -> LoraWeights:
     if "lora_A" not in found or "lora_B" not in found:
         raise ValueError(f"{module}: has {', '.join(sorted(found))}, wanted both of its factors")
@@ -121,6 +128,8 @@ def _of_module(
             f"use_dora = {config.use_dora}"
         )
     said = _scaling(module, name, found.get("alpha"), both.rank, config)
+    if said is None and unscaled:
+        said = 1.0
     return LoraWeights(
         module=module,
         kind=both.kind,

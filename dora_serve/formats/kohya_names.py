@@ -1,8 +1,9 @@
 """The names that kohya's sd-scripts gave to LoRA files, which LyCORIS, OneTrainer and ai-toolkit share.
 
-A module is `lora_unet_` or the like and its path with underscores for dots; its tensors are `lora_up.weight`
-(out, r, 1..), `lora_down.weight` (r, in, *kernel), with Tucker's decomposition `lora_mid.weight` (r, r, *kernel), and
-`alpha`, a scalar: s = alpha / r, and 1 where alpha is 0 or missing. What a magnitude means is each trainer's own.
+A module is `lora_unet_` or the like and its path with underscores for dots, or ComfyUI's `diffusion_model.` and its
+path as it is; its tensors are `lora_up.weight` (out, r, 1..), `lora_down.weight` (r, in, *kernel), with Tucker's
+decomposition `lora_mid.weight` (r, r, *kernel), and `alpha`, a scalar: s = alpha / r, and 1 where alpha is 0 or
+missing. What a magnitude means is each trainer's own.
 """
 
 from __future__ import annotations
@@ -40,10 +41,14 @@ _COMPONENTS: Mapping[str, str] = {
     "lora_te1_": "text_encoder",
     "lora_te2_": "text_encoder_2",
     "lora_te3_": "text_encoder_3",
+    "lora_te4_": "text_encoder_4",
 }
 """What begins a module's name, and the folder of the pipeline that the module is in."""
 
 _PREFIXES = ("lycoris_", "lora_")
+_DENOISER = re.compile(r"^(?:model\.)?diffusion_model\.")
+"""ComfyUI's name for a denoiser, whatever it is, which ai-toolkit, musubi-tuner and diffusion-pipe save for it."""
+
 _OTHER_METHODS: Mapping[str, re.Pattern[str]] = {
     "LoHa": re.compile(r"\.hada_(w[12]|t[12])"),
     "LoKr": re.compile(r"\.lokr_(w[12]|t2)"),
@@ -74,13 +79,15 @@ def holds_other_method(path: Path) -> bool:
 
 
 def peek(path: Path) -> tuple[frozenset[str], Mapping[str, str]]:
-    """The last parts of the tensors' names, and the metadata, where the names are kohya's; else nothing."""
+    """The last parts of the tensors' names, and the metadata, where the names are kohya's; else nothing. Of names that
+    begin with ComfyUI's diffusion_model that is a part as well.
+    """
     names, metadata = header(weights_file(path))
     if not any(name.endswith((".lora_down.weight", ".lora_A.weight", *_MARKS)) for name in names):
         return frozenset(), {}
-    return frozenset(name.rpartition(".")[2] for name in names) | {
-        "lora_down" for name in names if name.endswith(".lora_down.weight")
-    }, metadata
+    leaves = {name.rpartition(".")[2] for name in names}
+    leaves |= {"lora_down" for name in names if name.endswith(".lora_down.weight")}
+    return frozenset(leaves | {"diffusion_model" for name in names if _DENOISER.match(name)}), metadata
 
 
 _MARKS = (".hada_w1_a", ".lokr_w1", ".lokr_w1_a", ".oft_blocks", ".on_input", ".diff")
@@ -115,6 +122,8 @@ def module_name(name: str) -> str:
     for prefix, component in _COMPONENTS.items():
         if name.startswith(prefix):
             return f"{component}.{name.removeprefix(prefix)}"
+    if _DENOISER.match(name):
+        return _DENOISER.sub("diffusion_model.", name)
     return next((name.removeprefix(prefix) for prefix in _PREFIXES if name.startswith(prefix)), name)
 
 

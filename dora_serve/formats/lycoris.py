@@ -26,7 +26,7 @@ EPS_KEY = "dora_norm_eps"
 def sniff(path: Path) -> bool:
     """Whether the names are kohya's, whoever wrote them."""
     leaves, _ = peek(path)
-    return bool(leaves & {"lora_down", "dora_scale"}) or holds_other_method(path)
+    return bool(leaves & {"lora_down", "dora_scale", "diffusion_model"}) or holds_other_method(path)
 
 
 def read(path: Path, options: ReadOptions) -> Adapter:

@@ -64,6 +64,7 @@ def plain(adapter: Adapter, plan: MergePlan | None) -> Plain:
     Raises UnmergeableError, with every module that has no such meaning.
     """
     require_single_component(adapter)
+    _require_adapter(adapter)
     if plan is None:
         _require_outputs(adapter.modules)
         return Plain(_without_component(adapter), {})
@@ -104,6 +105,17 @@ def require_single_component(adapter: Adapter) -> None:
             "model.",
             remedy="Merge it into the pipeline's folder instead, or take the parts of the file apart.",
             components=components,
+        )
+
+
+def _require_adapter(adapter: Adapter) -> None:
+    beside = [change.name for change in adapter.replacements if change.role == "beside"]
+    if beside:
+        raise UnmergeableError(
+            f"The file holds the whole model that was trained, with parts that its base does not have ({beside[0]}), "
+            "and no other format says that.",
+            remedy="Merge it (dora-export merge), which is exact.",
+            tensors=beside,
         )
 
 

@@ -35,6 +35,10 @@ if TYPE_CHECKING:
 
 _BATCH = 2
 CONDITIONS = {"added_cond_kwargs.text_embeds": "text_embeds", "added_cond_kwargs.time_ids": "time_ids"}
+_KNOWN_INPUTS = {
+    *("sample", "hidden_states", "timestep", "encoder_hidden_states", "pooled_projections", "img_ids", "txt_ids"),
+    *("guidance", *CONDITIONS),
+}
 
 
 def empty_component(folder: Path, dtype: torch.dtype, weights: StoredWeights, mode: FakeTensorMode) -> Any:
@@ -70,8 +74,10 @@ def denoiser_graph(model: Any) -> Traceable:
         given = denoiser_samples(model).samples[0].inputs
     except ValueError as error:
         raise _refuse(name, f"{error}.") from error
-    if "timestep" not in given or "class_labels" in given:
+    if "timestep" not in given or not given.keys() <= _KNOWN_INPUTS:
         raise _refuse(name, "it takes conditions for which Optimum has no names.")
+    if any(value.ndim > 4 for value in given.values()):
+        raise _refuse(name, "it denoises films, for which Optimum has no graph.")
     is_unet = "sample" in given
     spatial = _levels(model.config) if is_unet else int(getattr(model.config, "patch_size", None) or 1)
     dims = _denoiser_dims(given, spatial, is_unet)
