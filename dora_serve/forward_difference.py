@@ -11,13 +11,15 @@ import torch
 from torch import Tensor
 
 from dora_serve.adapter import Adapter
-from dora_serve.checkpoint import read_json
+from dora_serve.checkpoint import open_checkpoint, read_json
 from dora_serve.comparison import Comparison, compare
 from dora_serve.errors import DoraServeError
 from dora_serve.progress import OnProgress, Progress, ignore_progress
 from dora_serve.prompts import Sample, make_samples, read_prompts
+from dora_serve.quantized.view import dense_view
 from dora_serve.quiet import quiet_transformers
 from dora_serve.reference import attach_adapter
+from dora_serve.reference_load import from_tensors
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,11 @@ def _compare(
     known = getattr(transformers, architecture, None)
     if known is None:
         return Difference(why_not=f"the base names no architecture of transformers ({architecture or 'none at all'}).")
-    model = known.from_pretrained(base, dtype=torch.float32, local_files_only=True, use_safetensors=True)
+    stored = dense_view(open_checkpoint(base))
+    if stored.quantization is not None:
+        model, _ = from_tensors(known, stored, torch.float32)
+    else:
+        model = known.from_pretrained(base, dtype=torch.float32, local_files_only=True, use_safetensors=True)
     model = model.to(device).eval()
     made = make_samples(model, base, prompts, [])
     causal = any(sample.grows == "input_ids" for sample in made.samples)

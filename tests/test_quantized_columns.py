@@ -289,6 +289,21 @@ def test_auto_round_says_the_same_in_words_of_its_own(tmp_path: Path) -> None:
             read(message, Gptq(group=32), **said)
 
 
+def test_a_conversion_compares_the_logits_on_what_the_codes_stand_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, dense = write(tmp_path, KINDS["gptq"])
+    adapt(llama(**SIZE), tmp_path / "adapter", target_modules=["q_proj"], use_dora=True)
+    said = []
+    for base in (folder, dense):
+        out = tmp_path / f"{base.name}-lora"
+        words = ["convert", tmp_path / "adapter", "--base", base, "--to", "lora", "--rank", "4", "-o", out, "--json"]
+        assert main([str(word) for word in words]) == 0
+        said.append(capsys.readouterr().out.replace(base.name, "base"))
+    assert said[0] == said[1]
+    assert '"kl"' in said[0]
+
+
 def test_the_engine_says_what_such_a_base_needs(tmp_path: Path) -> None:
     """transformers loads GPTQ and AWQ by libraries that are not here, and a merge needs none."""
     for name in ("gptq", "awq"):
