@@ -344,21 +344,25 @@ def _merge_rows(job: _Job, first: int, last: int, width: int) -> None:
         vectors = [(edit, edit.vector.load().to(job.device, torch.float64)) for edit in plan.vectors]
         scales = [(scale.start, _output_factor(job, scale)) for scale in plan.scales]
         bounded = _is_bounded(plan, updates)
+        edited = bool(replaced or updates or vectors or scales)
         block = stack.enter_context(job.buffers.block(min(step, last - first), width, plan.source.dtype, plan.dtype))
         for start in range(first, last, step):
             stop = min(start + step, last)
             if stop - start < len(block.exact):
                 block = block.head(stop - start)
             stored = source.rows(start, stop, width, block.stored)
-            exact = block.exact.copy_(stored)
-            _replace_rows(exact, start, replaced)
-            for update in updates:
-                _apply(job, update, exact, start, stop)
-            for edit, vector in vectors:
-                exact.view(-1)[edit.start : edit.start + vector.shape[0]] += vector * edit.scaling
-            for first_output, factor in scales:
-                exact.view(-1)[first_output : first_output + len(factor)] *= factor
-            merged = block.output(round_once(exact, plan.dtype, block.rounding))
+            if edited or stored.dtype == torch.float64:
+                exact = block.exact.copy_(stored)
+                _replace_rows(exact, start, replaced)
+                for update in updates:
+                    _apply(job, update, exact, start, stop)
+                for edit, vector in vectors:
+                    exact.view(-1)[edit.start : edit.start + vector.shape[0]] += vector * edit.scaling
+                for first_output, factor in scales:
+                    exact.view(-1)[first_output : first_output + len(factor)] *= factor
+                merged = block.output(round_once(exact, plan.dtype, block.rounding))
+            else:  # codes, or a cast: torch rounds once from every dtype but float64, so that none is needed between
+                exact, merged = stored, _Buffer.of(stored.to(plan.dtype))
             if not bounded:
                 _require_finite(job, exact, merged.tensor)
             if not (job.changed.is_set() or _same(merged.tensor, stored)):
