@@ -20,13 +20,13 @@ _POSITIONS = 512
 """Of all prompts together, with what follows them: logits are held for each."""
 _LOGITS = 4
 """Tensors of that size at a time: of two models, and what compares them."""
-_REST = 300 << 20
-"""transformers, activations, an adapter's factors."""
+_REST = 600 << 20
+"""torch and transformers, activations, an adapter's factors, what the allocator keeps."""
 
 
-def needed_memory(elements: int, config: Mapping[str, object], dtype: torch.dtype) -> int:
-    """Bytes that are enough for a model of so many parameters in `dtype`, and the logits of all prompts."""
-    return _REST + int(dtype.itemsize * (_MODEL * elements + _LOGITS * _POSITIONS * _classes(config)))
+def needed_memory(elements: int, config: Mapping[str, object], dtype: torch.dtype, *, logits: int = _LOGITS) -> int:
+    """Bytes, about, that a model of so many parameters takes in `dtype`; and `logits` times all prompts' logits."""
+    return _REST + int(dtype.itemsize * (_MODEL * elements + logits * _POSITIONS * _classes(config)))
 
 
 def planned_memory(plan: MergePlan) -> int:

@@ -27,6 +27,7 @@ _FLOAT32_KL = 1e-8
 # In half precision both sides round every result, in different orders: as far apart as torch's own is from float32,
 # times what the largest of many errors varies by.
 _HALF_FACTOR = 4.0
+_PIECE_ELEMENTS = 1 << 22
 
 
 def run_torch(
@@ -160,6 +161,8 @@ def round_at_random(model: PreTrainedModel, dtype: torch.dtype) -> None:
     generator = torch.Generator(model.device).manual_seed(0)
     eps = torch.finfo(dtype).eps
     for parameter in model.parameters():
-        _, exponent = torch.frexp(parameter)
-        error = torch.rand(parameter.shape, generator=generator, device=parameter.device) - 0.5
-        parameter.add_(torch.ldexp(error * eps, exponent - 1))
+        # In pieces: a table of a large vocabulary would take its size several times over.
+        for piece in parameter.view(-1).split(_PIECE_ELEMENTS):
+            _, exponent = torch.frexp(piece)
+            error = torch.rand(piece.shape, generator=generator, device=piece.device) - 0.5
+            piece.add_(torch.ldexp(error * eps, exponent - 1))
