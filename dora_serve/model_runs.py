@@ -71,7 +71,10 @@ def greedy_tokens(model: Any, sample: Sample, count: int) -> list[int]:
     tokens: list[int] = []
     # Models that see keep positions of the last picture between calls, which a cached step would take for its own.
     cached = getattr(model.config, "vision_config", None) is None
-    output = call(model, sample.inputs, use_cache=cached)
+    # Encoders of some models are handed what the whole is told, and refuse it: there the configuration decides.
+    decided = cached and getattr(model.config, "is_encoder_decoder", False)
+    options: dict[str, Any] = {} if decided else {"use_cache": cached}
+    output = call(model, sample.inputs, **options)
     while len(tokens) < count:
         tokens.append(int(output.logits[0, -1].argmax()))
         if tokens[-1] in ends or len(tokens) == count:
@@ -82,7 +85,7 @@ def greedy_tokens(model: Any, sample: Sample, count: int) -> list[int]:
             continue
         step = dict(sample.continued(tokens).inputs)
         step[sample.grows] = step[sample.grows][:, -1:]
-        output = call(model, step, past_key_values=cache, use_cache=True)
+        output = call(model, step, past_key_values=cache, **options)
     return tokens
 
 

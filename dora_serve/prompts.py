@@ -234,7 +234,7 @@ def _random_ids(model: Any) -> list[list[int]]:
         chosen = allowed[torch.randint(len(allowed), (length,), generator=generator)].tolist()
         eos = getattr(config, "eos_token_id", None)
         if not model.can_generate() and isinstance(eos, int) and 0 <= eos < _vocabulary(model):
-            chosen.append(eos)  # classifiers of BART's kind and CLIP read the state at the end token
+            chosen[-1] = eos  # classifiers of BART's kind and CLIP read the state at the end token
         sequences.append(chosen)
     return _within(model, sequences)
 

@@ -24,6 +24,7 @@ from dora_serve.quantized.codings import (
     GptqGroups,
     HqqGroups,
     Int8Rows,
+    MlxGroups,
     Mxfp4Experts,
     QuantizedOnLoad,
     ScaledCodes,
@@ -61,6 +62,8 @@ def decoded_range(entry: TensorEntry, start: int, stop: int) -> Tensor:
         values = _four_bit(coding, index)
     elif isinstance(coding, Int8Rows):
         values = _by_127(_numbers(coding.codes, index), _numbers(coding.scales, index // entry.shape[-1]))
+    elif isinstance(coding, MlxGroups):
+        values = _mlx(coding, index, entry.shape[1])
     elif isinstance(coding, Float8Blocks):
         row, column = index // entry.shape[-1], index % entry.shape[-1]
         across = coding.scales.shape[-1]
@@ -110,6 +113,22 @@ def _four_bit(coding: FourBit, index: Array) -> Array:
         absmax = (product.astype(np.float64) + float(np.float32(coding.nested.offset))).astype(np.float32)
     exact: Array = _levels(coding.quant_type).astype(np.float64)[codes] * absmax
     return exact.astype(np.float32)
+
+
+def _mlx(coding: MlxGroups, index: Array, width: int) -> Array:
+    """A code's bits, taken from the bytes of its row one by one."""
+    row, column = index // width, index % width
+    row_bytes = coding.codes.shape[1] * 4
+    low, high = int(row.min()) * row_bytes, (int(row.max()) + 1) * row_bytes
+    read = read_bytes(coding.codes.path, coding.codes.start + low, coding.codes.start + high)
+    stored = np.frombuffer(bytes(read), dtype=np.uint8)
+    codes = np.zeros(index.shape)
+    for bit in range(coding.bits):
+        place = column * coding.bits + bit
+        codes += (stored[row * row_bytes - low + place // 8] >> (place % 8) & 1) * 2.0**bit
+    group = row * coding.scales.shape[1] + column // coding.group_size
+    values: Array = codes * _numbers(coding.scales, group) + _numbers(coding.biases, group)
+    return values
 
 
 def _by_127(codes: Array, scales: Array) -> Array:

@@ -209,6 +209,25 @@ class Float4Groups:
 
 
 @dataclass(frozen=True)
+class MlxGroups:
+    """mlx's affine quantization: value = code * scale + bias of its group, in float64, rounded once to float32.
+
+    codes: (rows, words) of uint32, in which the codes of a row lie as one stream of bits, the first in the lowest.
+    scales, biases: (rows, groups).
+    """
+
+    codes: TensorEntry
+    scales: TensorEntry
+    biases: TensorEntry
+    bits: int
+    group_size: int
+
+    @property
+    def label(self) -> str:
+        return f"mlx {self.bits} bit, groups of {self.group_size}"
+
+
+@dataclass(frozen=True)
 class Quantization:
     """What a trainer's quantization made of a dense weight: the kind, and the dtype that it was cast to before.
 
@@ -264,6 +283,7 @@ Coding = (
     | AwqGroups
     | Mxfp4Experts
     | Float4Groups
+    | MlxGroups
     | QuantizedOnLoad
     | Transposed
 )

@@ -23,6 +23,7 @@ from dora_serve.quantized.codings import (
     GptqGroups,
     HqqGroups,
     Int8Rows,
+    MlxGroups,
     Mxfp4Experts,
     QuantizedOnLoad,
     ScaledCodes,
@@ -63,6 +64,8 @@ def open_decoder(entry: TensorEntry) -> Decoder:
         return _by_rows(entry, mxfp4_rows(entry, coding))
     if isinstance(coding, Float4Groups):
         return _by_rows(entry, _float4(coding))
+    if isinstance(coding, MlxGroups):
+        return _by_rows(entry, _mlx(entry, coding))
     if isinstance(coding, Transposed):
         return _transposed(entry, coding)
     assert isinstance(coding, QuantizedOnLoad)
@@ -184,6 +187,25 @@ def _scaled(entry: TensorEntry, coding: ScaledCodes) -> Callable[[int, int], Ten
         return values * read_range(coding.scales, low * across, high * across).view(-1, across)[grid][:, groups]
 
     return decode
+
+
+def _mlx(entry: TensorEntry, coding: MlxGroups) -> Callable[[int, int], Tensor]:
+    """code * scale + bias: what mlx's product of a quantized matrix takes, before it rounds."""
+    words, groups = coding.codes.shape[1], coding.scales.shape[1]
+    places = torch.arange(entry.shape[1]) * coding.bits
+    word, shift = places // 32, places % 32
+
+    def rows(first: int, last: int) -> Tensor:
+        stored = read_range(coding.codes, first * words, last * words).view(-1, words).long()
+        following = functional.pad(stored, (0, 1))[:, word + 1]  # a code may end in the next word
+        codes = (stored[:, word] | following << 32) >> shift & (1 << coding.bits) - 1
+        scales, biases = (
+            read_range(of, first * groups, last * groups).view(-1, groups, 1).double()
+            for of in (coding.scales, coding.biases)
+        )
+        return (codes.view(-1, groups, coding.group_size) * scales + biases).flatten(1)
+
+    return rows
 
 
 def _unpacked(words: Tensor, bits: int) -> Tensor:

@@ -18,6 +18,7 @@ from dora_serve.quantized.compressed_tensors import find_compressed, rounds_acti
 from dora_serve.quantized.float8 import find_float8
 from dora_serve.quantized.gptq import find_gptq
 from dora_serve.quantized.hqq import find_hqq
+from dora_serve.quantized.mlx import find_mlx, says_mlx
 from dora_serve.quantized.mxfp4 import find_mxfp4
 from dora_serve.safetensors_file import TensorEntry
 
@@ -62,7 +63,7 @@ def dense_view(checkpoint: ShardedCheckpoint) -> ShardedCheckpoint:
     if checkpoint.quantization is not None or not is_quantized(checkpoint):
         return checkpoint
     settings = _settings(checkpoint)
-    method = str(settings.get("quant_method") or ("bitsandbytes" if "load_in_4bit" in settings else "unknown"))
+    method = _method(settings)
     finder = _FINDERS.get(method)
     if finder is None:
         raise _refused(checkpoint, method)
@@ -79,6 +80,14 @@ def dense_view(checkpoint: ShardedCheckpoint) -> ShardedCheckpoint:
     if method == "compressed-tensors" and rounds_activations(settings):
         label += ", whose activations are rounded as it runs, which no dense weights do"
     return with_entries(checkpoint, weights, found.parts, label)
+
+
+def _method(settings: Mapping[str, Any]) -> str:
+    if named := settings.get("quant_method"):
+        return str(named)
+    if "load_in_4bit" in settings:
+        return "bitsandbytes"
+    return "mlx" if says_mlx(settings) else "unknown"
 
 
 def with_entries(
@@ -142,6 +151,7 @@ def quantization_paths(config: Mapping[str, object]) -> list[tuple[str, ...]]:
     """Where config.json says how the weights are quantized."""
     keys = ("quantization_config", "compression_config")
     found = [(key,) for key in keys if config.get(key)]
+    found += [("quantization",)] if says_mlx(config.get("quantization")) else []
     nested = [
         (name, key) for name, table in config.items() if isinstance(table, dict) for key in keys if table.get(key)
     ]
@@ -222,6 +232,10 @@ def _compressed(checkpoint: ShardedCheckpoint, settings: Mapping[str, Any]) -> F
     return find_compressed(checkpoint.tensors, settings)
 
 
+def _mlx(checkpoint: ShardedCheckpoint, settings: Mapping[str, Any]) -> Found:
+    return find_mlx(checkpoint.tensors, settings)
+
+
 _FINDERS: Mapping[str, Callable[[ShardedCheckpoint, Mapping[str, Any]], Found]] = {
     "bitsandbytes": _bitsandbytes,
     "hqq": _hqq,
@@ -231,6 +245,7 @@ _FINDERS: Mapping[str, Callable[[ShardedCheckpoint, Mapping[str, Any]], Found]] 
     "auto-round": _auto_round,
     "mxfp4": _mxfp4,
     "compressed-tensors": _compressed,
+    "mlx": _mlx,
 }
 
 
@@ -240,7 +255,7 @@ def _refused(checkpoint: ShardedCheckpoint, method: str) -> CheckpointError:
         f"The base {str(checkpoint.folder)!r} is quantized with {method}, which is not read here: {why}.",
         remedy=f"Either {_ORIGINAL}, or dequantize it with {library} first, save it with save_pretrained, and give "
         "that. bitsandbytes (nf4, fp4, int8), HQQ, float8 in blocks (fp8), GPTQ, AWQ, AutoRound, gpt-oss' MXFP4 and "
-        "compressed-tensors are read as they are.",
+        "compressed-tensors and mlx's affine codes are read as they are.",
         path=str(checkpoint.folder),
         method=method,
     )
