@@ -225,7 +225,8 @@ def _region(draft: _Draft, module: LoraWeights, shape: tuple[int, ...], place: P
         return straight
     flipped = replace(straight, transposed=True)
     families = set(_families(draft.base.config))
-    may_be_conv1d = module.module.rpartition(".")[2] in _CONV1D_LEAVES
+    # The tensor's own name tells it: the module's may have underscores for dots.
+    may_be_conv1d = place.tensor.removesuffix(".weight").rpartition(".")[2] in _CONV1D_LEAVES
     if flipped.out_in != (out, width) or (families and not (may_be_conv1d and families & set(_CONV1D_MODELS))):
         return straight
     if not families and may_be_conv1d and straight.out_in == flipped.out_in:

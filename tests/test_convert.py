@@ -20,7 +20,21 @@ from dora_serve.formats import read_adapter
 from dora_serve.low_rank import low_rank
 from exporters.cli import main
 from exporters.convert.run import Conversion, ConvertRequest, convert, write_conversion
-from tests.cases import adapt, distance, llama, load, logits, merge_to, noise, read_tensors, save, tokens, unmerged
+from tests.cases import (
+    adapt,
+    build,
+    distance,
+    llama,
+    load,
+    logits,
+    merge_to,
+    noise,
+    read_tensors,
+    save,
+    tokens,
+    unmerged,
+)
+from tests.families import GPT2
 from tests.test_format_kohya import Convolutions
 from tests.test_format_kohya import train as train_lycoris
 from tests.test_format_mlx import TOLERANCE, their_logits
@@ -48,6 +62,27 @@ def meaning(folder: Path) -> dict[str, tuple[float, Tensor, Tensor, Tensor | Non
         )
         for module in read_adapter(folder).modules
     }
+
+
+@pytest.mark.parametrize("config", [{"lora_bias": True, "use_rslora": True}, {"use_dora": True}])
+def test_gpt2_keeps_its_names(config: dict[str, Any], tmp_path: Path) -> None:
+    """`transformer.` is a module there, and in the files of pipelines the part that a name is in."""
+    start = build("AutoModelForCausalLM", "gpt2", **GPT2)
+    base = save(start, tmp_path / "base")
+    adapt(load(base, start), tmp_path / "adapter", target_modules=["c_attn", "c_fc"], **config)
+    for request in ({}, {"base": str(base)}):
+        out = tmp_path / f"peft {len(request)}"
+        run(tmp_path / "adapter", "peft", out, **request)
+        ours, theirs = (
+            logits(unmerged(base, folder, start, torch.float64), tokens(start))
+            for folder in (out, tmp_path / "adapter")
+        )
+        assert torch.equal(ours, theirs)
+    if "use_dora" in config:
+        run(tmp_path / "adapter", "kohya", tmp_path / "kohya")
+        run(tmp_path / "kohya", "peft", tmp_path / "back", base=str(base))
+        back = logits(unmerged(base, tmp_path / "back", start, torch.float64), tokens(start))
+        assert torch.equal(back, theirs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -21,6 +21,9 @@ from dora_serve.plan import LoraEdit, MergePlan, TensorPlan
 from dora_serve.reference_weight import open_reference, row_blocks, source_rows
 
 BLOCK_ELEMENTS = 1 << 20
+_OF_PIPELINES = ("diffusers", "kohya", "onetrainer", "ai-toolkit")
+"""Formats that put a part of a pipeline in front of a name; in others `transformer.` and `decoder.` are names of
+modules, GPT-2's for one."""
 
 
 @dataclass(frozen=True)
@@ -93,13 +96,13 @@ def plain(adapter: Adapter, plan: MergePlan | None) -> Plain:
     if recomputed:
         notes.append(f"{recomputed} modules had magnitudes of another norm: m was computed, and rounded to float32.")
     plain_adapter = replace(adapter, modules=tuple(modules), replacements=tuple(replacements))
-    return Plain(_without_component(plain_adapter), kernels, tuple(notes))
+    return Plain(plain_adapter, kernels, tuple(notes))
 
 
 def require_single_component(adapter: Adapter) -> None:
     """Raises UnmergeableError for a file that holds adapters of several parts of a pipeline."""
     components = sorted({match[1] for module in adapter.modules if (match := COMPONENT.match(module.module))})
-    if len(components) > 1:
+    if len(components) > 1 and adapter.format in _OF_PIPELINES:
         raise UnmergeableError(
             f"The file holds adapters of {', '.join(components)}, and an adapter of the formats to convert to has one "
             "model.",
@@ -120,8 +123,14 @@ def _require_adapter(adapter: Adapter) -> None:
 
 
 def _without_component(adapter: Adapter) -> Adapter:
-    modules = tuple(replace(module, module=COMPONENT.sub("", module.module)) for module in adapter.modules)
-    return replace(adapter, modules=modules)
+    return replace(adapter, modules=tuple(replace(one, module=_bare(adapter, one.module)) for one in adapter.modules))
+
+
+def _bare(adapter: Adapter, module: str) -> str:
+    """A module's name in the one model that it is of."""
+    if adapter.format not in _OF_PIPELINES:
+        return module
+    return COMPONENT.sub("", module).removeprefix("diffusion_model.")
 
 
 def _require_outputs(modules: Sequence[LoraWeights]) -> None:
@@ -162,7 +171,7 @@ def _edits(plan: MergePlan) -> Edits:
 
 def _base_names(adapter: Adapter, plan: MergePlan, edits: Edits) -> dict[str, str]:
     """By an adapter's module, its name in the running model."""
-    stored = {module.module: module.module for module in adapter.modules}
+    stored = {module.module: _bare(adapter, module.module) for module in adapter.modules}
     flat = [module.module for module in adapter.modules if is_flat(module.module)]
     if not flat:
         return stored
