@@ -207,6 +207,22 @@ def test_the_files_are_what_the_report_says(case: Callable[[str], Case]) -> None
     assert str(made.model.parent).encode() not in text
 
 
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_keys_are_not_repeated_for_the_heads_that_share_them(case: Callable[[str], Case], name: str) -> None:
+    """Nor is a rotation's cosine computed for each layer. That the answers are right, the other tests show."""
+    graph = onnx.load(case(name).onnx / MODEL_FILE, load_external_data=False).graph
+    sizes = {
+        value.name: [size.dim_value or None for size in value.type.tensor_type.shape.dim]
+        for value in (*graph.value_info, *graph.input)
+    }
+    attentions = [node for node in graph.node if node.op_type == "Attention"]
+    assert len(attentions) == GROUPED["num_hidden_layers"]
+    for node in attentions:
+        heads = [sizes[name][1] for name in node.input[:3]]
+        assert heads == [GROUPED["num_attention_heads"], *[GROUPED["num_key_value_heads"]] * 2]
+    assert sum(node.op_type == "Cos" for node in graph.node) == 1
+
+
 def test_batch_and_sequence_axes_are_dynamic(case: Callable[[str], Case]) -> None:
     model = onnx_ir.load(case("llama").onnx / MODEL_FILE)
     shapes = {each.name: [str(axis) for axis in each.shape or ()] for each in model.graph.inputs}

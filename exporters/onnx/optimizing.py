@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from exporters.onnx.grouped_attention import share_keys_and_values
+
 if TYPE_CHECKING:
     import onnx_ir
 
@@ -55,7 +57,9 @@ def optimize(model: onnx_ir.Model) -> None:
     ):
         tidy(model)
     onnx_fusions.fuse(model)
+    share_keys_and_values(model)
     for last in (
+        passes.CommonSubexpressionEliminationPass(),  # a fused rotation has its own cosine and sine
         passes.RemoveUnusedNodesPass(),
         passes.RemoveUnusedFunctionsPass(),  # type: ignore[no-untyped-call]
         passes.RemoveUnusedOpsetsPass(),
