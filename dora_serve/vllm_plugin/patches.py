@@ -333,8 +333,10 @@ def _scale_output(original: Callable[..., Any]) -> Callable[..., Any]:
     A row-parallel layer has a part of the sum here; scaling the parts scales the sum.
     """
 
+    from dora_serve.vllm_plugin.scaling import scale_output
+
     def apply(self: Any, x: Any, *args: Any) -> Any:
-        return _scaled(self, original(self, x, *args))
+        return scale_output(self, original(self, x, *args))
 
     return apply
 
@@ -342,25 +344,12 @@ def _scale_output(original: Callable[..., Any]) -> Callable[..., Any]:
 def _scale_output_of_sharded(original: Callable[..., Any]) -> Callable[..., Any]:
     """column_parallel_linear._mcp_apply: the same, for column-parallel layers with fully_sharded_loras."""
 
+    from dora_serve.vllm_plugin.scaling import scale_output
+
     def mcp_apply(x: Any, bias: Any, layer: Any) -> Any:
-        return _scaled(layer, original(x, bias, layer))
+        return scale_output(layer, original(x, bias, layer))
 
     return mcp_apply
-
-
-def _scaled(layer: Any, output: Any) -> Any:
-    import torch
-
-    from dora_serve.vllm_plugin.scaling import scale_rows
-
-    batch, scales = layer.punica_wrapper.dora, layer.slot_scales
-    is_compiling = torch.compiler.is_compiling()
-    # Python is not looked at again once it is compiled; there the operator looks for itself.
-    if not is_compiling and not (batch.any_in_use and scales.slots):
-        return output
-    scale = torch.ops.dora_serve.scale_rows if is_compiling else scale_rows
-    scale(output.view(-1, output.shape[-1]), scales.norm_scale, scales.offset, batch.rows, batch.row)
-    return output
 
 
 def _scale_logits(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -78,6 +78,19 @@ class SlotScales:
             torch.mul(1 - self.norm_scale[slot], self._bias, out=self.offset[slot])
 
 
+def scale_output(layer: Any, output: Tensor) -> Tensor:
+    """What a layer of vLLM's answers, in place: output (..., width)."""
+    batch, scales = layer.punica_wrapper.dora, layer.slot_scales
+    if torch.compiler.is_compiling():  # Python is not looked at again: the operator looks for itself
+        scale: Any = torch.ops.dora_serve.scale_rows
+    elif batch.any_in_use and scales.slots:
+        scale = scale_rows
+    else:
+        return output
+    scale(output.view(-1, output.shape[-1]), scales.norm_scale, scales.offset, batch.rows, batch.row)
+    return output
+
+
 # Both are Optional, not `| None`: torch's schemas know the one form alone.
 def scale_rows(
     outputs: Tensor,
