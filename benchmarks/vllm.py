@@ -2,11 +2,12 @@
 
     make vllm-venv && .venv-vllm/bin/python -m benchmarks.vllm
 
-Two engines with the demo base, with and without the plugin, take turns within a round and go through it forth and
-back, so that what the machine does meanwhile falls on all of them alike. A measurement is ROUND_TOKENS greedy tokens
-for each of REQUESTS prompts in one batch, and its time that of the processor alone. The work is always the same and
-whatever else goes on only adds to it, so that figures are those of the fastest round, and ratios of these; the rounds
-are in the file.
+Engines with the demo base, with and without the plugin, take turns within a round and go through it forth and back, so
+that what the machine does meanwhile falls on all of them alike. There are COPIES processes of each, since where the
+system has put the weights of one makes it a few hundredths faster or slower than its twin. A measurement is
+ROUND_TOKENS greedy tokens for each of REQUESTS prompts in one batch, and its time that of the processor alone. The work
+is always the same and whatever else goes on only adds to it, so that figures are those of the fastest round, and ratios
+of these; the rounds are in the file.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ BASE = ROOT / ".cache" / "smollm2-135m"
 ADAPTERS = ROOT / "examples" / "adapters"
 RESULTS = ROOT / "benchmarks" / "results" / "vllm.json"
 REQUESTS, ROUND_TOKENS = 16, 24
+COPIES = 3
 BATCHES: Mapping[str, Sequence[str | None]] = {
     "base": (None,),
     "lora": ("dates-lora",),
@@ -137,19 +139,23 @@ def _is_number(line: str) -> bool:
 
 
 def measure(rounds: int, threads: int, dtype: str) -> dict[str, Any]:
-    engines = {"with": Engine(True, threads, dtype), "without": Engine(False, threads, dtype)}
+    engines: dict[str, list[Engine]] = {"with": [], "without": []}
+    for _ in range(COPIES):
+        for kind, copies in engines.items():
+            copies.append(Engine(kind == "with", threads, dtype))
     plan = [("with", name) for name in BATCHES] + [("without", name) for name in WITHOUT_PLUGIN]
     plan.sort(key=lambda one: list(BATCHES).index(one[1]))
-    for engine, batch in plan:  # adapters are loaded, kernels chosen
-        engines[engine].run(batch)
+    runs = [(kind, batch, copy) for kind, batch in plan for copy in range(COPIES)]
+    for kind, batch, copy in runs:  # adapters are loaded, kernels chosen
+        engines[kind][copy].run(batch)
     found: dict[tuple[str, str], list[float]] = {one: [] for one in plan}
     for number in range(rounds):
         # Forth and back, so that a machine that slows down slows neither of two alone.
-        for engine, batch in plan if number % 2 == 0 else plan[::-1]:
-            found[engine, batch].append(engines[engine].run(batch))
+        for kind, batch, copy in runs if number % 2 == 0 else runs[::-1]:
+            found[kind, batch].append(engines[kind][copy].run(batch))
         so_far = (f"{what} {max(found[over]) / max(found[under]):.3f}" for what, over, under, _ in RATIOS)
         print(f"round {number + 1} of {rounds}: {', '.join(so_far)}", file=sys.stderr, flush=True)
-    for running in engines.values():
+    for running in (one for copies in engines.values() for one in copies):
         running.close()
     ratios = {
         what: {"fastest": max(found[over]) / max(found[under]), "least_wanted": least}
@@ -163,6 +169,7 @@ def measure(rounds: int, threads: int, dtype: str) -> dict[str, Any]:
         "requests": REQUESTS,
         "tokens": ROUND_TOKENS,
         "rounds": rounds,
+        "copies": COPIES,
         "tokens_per_cpu_second": {
             f"{engine} plugin, {batch}": {"fastest": max(values), "rounds": values}
             for (engine, batch), values in found.items()
@@ -180,7 +187,8 @@ def _machine() -> str:
 def table(result: Mapping[str, Any]) -> str:
     lines = [
         f"SmolLM2-135M in {result['dtype']}, {result['requests']} requests of {result['tokens']} tokens in one batch, "
-        f"the fastest of {result['rounds']} rounds, adapters of rank 4 on all linears; vLLM 0.32.0 for CPUs, "
+        f"the fastest of {result['rounds']} rounds in {result['copies']} processes each, adapters of rank 4 on all "
+        "linears; vLLM 0.32.0 for CPUs, "
         f"{result['threads']} thread"
         f"{'' if result['threads'] == 1 else 's'} of {result['machine']}, {result['date']}.",
         "",
@@ -197,7 +205,7 @@ def table(result: Mapping[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--engine", choices=("with", "without"), help=argparse.SUPPRESS)
