@@ -4,24 +4,25 @@
 
 BASE and ADAPTER are folders of a causal language model and a PEFT adapter on it, such as .cache/smollm2-135m and
 examples/adapters/dates-dora. The adapter is merged once, and the merged model exported by each route. All routes
-decode greedily on a cache from the same prompt, in turns, one thread, float32 activations; medians of tokens per CPU-
-second. On an idle machine: a decoder waits for memory, which other work takes a share of. ONNX Runtime GenAI runs in
-the Python of its own environment, by itself, and is timed there. Each export is a process of its own, whose largest
-resident set is given above that of one that has only imported what it needs. The loss is the mean KL divergence from
-torch in float32, on the verification's built-in prompts.
+decode greedily on a cache from the same prompt, each in processes of its own that take turns, float32 activations: with
+one thread, in tokens a CPU-second, and with one for each core, in tokens a second; medians of rounds, the
+faster of PASSES processes. On an idle machine: a
+decoder waits for memory, which other work takes a share of. ONNX Runtime GenAI runs in the Python of its own
+environment. Each export is a process of its own, whose largest resident set is given above that of one that has only
+imported what it needs. The loss is the mean KL divergence from torch in float32, on the verification's built-in
+prompts.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -30,11 +31,12 @@ ROOT = Path(__file__).resolve().parent.parent
 # In place of this folder, whose onnx.py would be taken for the package.
 sys.path[0] = str(ROOT)
 
-from benchmarks.onnx_decode import PROMPT_TOKENS, onnx_decoder, torch_decoder  # noqa: E402
+from benchmarks.onnx_one_decode import PROMPT_TOKENS  # noqa: E402
 from benchmarks.page import write_table  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "onnx.json"
-BATCHES = (1, 8)
+THREADS = tuple(sorted({1, os.cpu_count() or 1}))
+PASSES = 2
 ROUTES: Mapping[str, Mapping[str, Any]] = {
     "merged ONNX": {},
     "merged ONNX, int8": {"quantize": "int8"},
@@ -55,7 +57,6 @@ def main() -> int:
     options = parser.parse_args()
     import torch
 
-    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         merged = folder / "merged"
@@ -65,15 +66,9 @@ def main() -> int:
             name: export(merged, folder, name, {**route, "genai_python": options.genai_python})
             for name, route in ROUTES.items()
         }
-        decoders = {"transformers": lambda batch: torch_decoder(merged, batch)}
-        for name in ROUTES:
-            if not name.startswith("GenAI"):
-                decoders[name] = onnx_route(folder / slug(name))
         print("exported; decoding", file=sys.stderr, flush=True)
-        speeds = in_turns(decoders, options.tokens, options.rounds)
-        for name in ROUTES:
-            if name.startswith("GenAI"):
-                speeds[name] = genai_speed(folder / slug(name), options.genai_python, options.tokens, options.rounds)
+        routes = {"transformers": merged, **{name: folder / slug(name) for name in ROUTES}}
+        speeds = decode(routes, options.genai_python, options.tokens, options.rounds)
         losses = {name: loss(folder / slug(name), merged, options.genai_python) for name in ROUTES}
     result = {
         "command": "python " + " ".join(sys.argv),
@@ -81,7 +76,7 @@ def main() -> int:
         "cpu": platform.processor() or platform.machine(),
         "torch": torch.__version__,
         "prompt_tokens": PROMPT_TOKENS,
-        "tokens_per_cpu_second": speeds,
+        "tokens_per_second": speeds,
         "exports": exports,
         "losses": losses,
     }
@@ -112,36 +107,25 @@ def export(merged: Path, folder: Path, name: str, route: Mapping[str, Any]) -> d
     return runs
 
 
-def onnx_route(folder: Path) -> Callable[[int], Callable[[int], None]]:
-    return lambda batch: onnx_decoder(folder / "model.onnx", batch)
-
-
-def in_turns(
-    decoders: Mapping[str, Callable[[int], Callable[[int], None]]], tokens: int, rounds: int
+def decode(
+    routes: Mapping[str, Path], genai_python: str | None, tokens: int, rounds: int
 ) -> dict[str, dict[str, float]]:
-    """Tokens a CPU-second by route and batch."""
-    speeds: dict[str, dict[str, float]] = {name: {} for name in decoders}
-    for batch in BATCHES:
-        ready = {name: make(batch) for name, make in decoders.items()}
-        seconds: dict[str, list[float]] = {name: [] for name in ready}
-        for _ in range(rounds + 1):  # the first round warms up
-            for name, decode in ready.items():
-                began = time.process_time()
-                decode(tokens)
-                seconds[name].append(time.process_time() - began)
-        for name, taken in seconds.items():
-            speeds[name][f"batch {batch}"] = batch * tokens / statistics.median(taken[1:])
-    return speeds
-
-
-def genai_speed(folder: Path, python: str | None, tokens: int, rounds: int) -> dict[str, float]:
+    """Tokens a second by route and case."""
     from exporters.onnx.genai import genai_environment
 
-    program = ROOT / "benchmarks" / "genai_decode.py"
-    command = [genai_environment(python).python, "-P", str(program), str(folder), str(tokens), str(rounds)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    speeds: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return speeds
+    found: dict[str, dict[str, list[float]]] = {name: {} for name in routes}
+    for threads in (number for number in THREADS for _ in range(PASSES)):
+        for name, folder in routes.items():
+            genai = name.startswith("GenAI")
+            kind = "genai" if genai else "onnx" if name in ROUTES else name
+            python = genai_environment(genai_python).python if genai else sys.executable
+            program = [python, "-P", str(ROOT / "benchmarks" / "onnx_one_decode.py"), kind, str(folder)]
+            given = [*program, *map(str, (tokens, rounds, threads))]
+            done = subprocess.run(given, stdout=subprocess.PIPE, text=True, check=True)
+            for batch, speed in json.loads(done.stdout.splitlines()[-1]).items():
+                case = f"{threads} thread{'' if threads == 1 else 's'}, batch {batch}"
+                found[name].setdefault(case, []).append(speed)
+    return {name: {case: max(taken) for case, taken in cases.items()} for name, cases in found.items()}
 
 
 def loss(folder: Path, merged: Path, python: str | None) -> dict[str, float | None]:
@@ -158,17 +142,18 @@ def loss(folder: Path, merged: Path, python: str | None) -> dict[str, float | No
 
 
 def table(result: Mapping[str, Any]) -> str:
-    speeds, exports, losses = result["tokens_per_cpu_second"], result["exports"], result["losses"]
+    speeds, exports, losses = result["tokens_per_second"], result["exports"], result["losses"]
     eager = speeds["transformers"]
     lines = [
-        f"Tokens a CPU-second at one thread, {result['cpu']}, torch {result['torch']}, {result['date'][:10]}; a prompt "
-        f"of {result['prompt_tokens']} tokens.",
+        f"Tokens a second, {result['cpu']}, torch {result['torch']}, {result['date'][:10]}; a prompt of "
+        f"{result['prompt_tokens']} tokens.",
         "",
-        "| route | batch 1 | batch 8 | size | KL from torch | same top-1 | export, cold cache | warm | most memory |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+        f"| route | {' | '.join(eager)} | size | KL from torch | same top-1 | export, cold cache | warm "
+        "| most memory |",
+        f"|---|{'---:|' * (len(eager) + 6)}",
     ]
-    for name, by_batch in speeds.items():
-        cells = [f"{value:.1f} ({value / eager[batch]:.2f}x)" for batch, value in by_batch.items()]
+    for name, by_case in speeds.items():
+        cells = [f"{value:.1f} ({value / eager[key]:.2f}x)" for key, value in by_case.items()]
         if name in exports:
             cold, warm = exports[name]["cold"], exports[name]["warm"]
             lost = losses[name]
