@@ -50,6 +50,11 @@ DISTILBERT = {"vocab_size": 40, "dim": 16, "hidden_dim": 24, "n_layers": 2, "n_h
 DISTILBERT |= {"max_position_embeddings": 64}
 WAV2VEC2 = {**BERT, "conv_dim": [8, 8], "conv_kernel": [4, 4], "conv_stride": [2, 2], "num_feat_extract_layers": 2}
 WAV2VEC2 |= {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
+QWEN3_NEXT = {**EXPERTS, "linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8}
+QWEN3_NEXT |= {"linear_value_head_dim": 8, "layer_types": ["linear_attention", "full_attention"]}
+FALCON_H1 = {**LONGER, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_ssm": 32, "mamba_d_state": 8}
+FALCON_H1 |= {"mamba_n_groups": 1, "mamba_chunk_size": 8}
+SWIN = {"image_size": 16, "patch_size": 2, "embed_dim": 8, "depths": [1, 1], "num_heads": [2, 2], "window_size": 2}
 SEGFORMER = {"num_labels": 3, "hidden_sizes": [8] * 4, "depths": [1] * 4, "num_attention_heads": [1, 1, 2, 2]}
 
 
@@ -219,11 +224,23 @@ FAMILIES: tuple[Family, ...] = (
     family("Qwen2-MoE", "LoRA on fused experts alone", CAUSAL, "qwen2_moe", EXPERTS, config=FUSED),
     family("Qwen3-MoE", "LoRA on all linear layers and experts", CAUSAL, "qwen3_moe", EXPERTS, config=LORA),
     family("DeepSeek-V3", "LoRA on all linear layers and experts", CAUSAL, "deepseek_v3", DEEPSEEK, config=LORA),
+    family("Qwen3-Next", "LoRA on all linear layers and experts", CAUSAL, "qwen3_next", QWEN3_NEXT, config=LORA),
+    family(
+        "Falcon-H1",
+        "DoRA on attention, feed-forward layers and the mixer's input",
+        CAUSAL,
+        "falcon_h1",
+        FALCON_H1,
+        config={"target_modules": ["in_proj", "q_proj", "o_proj", "down_proj"], "use_dora": True},
+    ),
     *(family(name, LINEARS, CAUSAL, kind, sizes) for name, kind, sizes in DECODERS),
     family("T5", LINEARS, SEQ2SEQ, "t5", T5, inputs=token_pairs),
     family("BART (VL-BART's language side)", LINEARS, SEQ2SEQ, "bart", BART, inputs=token_pairs),
     family("mT5", LINEARS, SEQ2SEQ, "mt5", T5, inputs=token_pairs),
     family("M2M100 (NLLB)", LINEARS, SEQ2SEQ, "m2m_100", BART, inputs=token_pairs),
+    family(
+        "Switch Transformers", LINEARS, SEQ2SEQ, "switch_transformers", {**T5, "num_experts": 3}, inputs=token_pairs
+    ),
     family("Pegasus", LINEARS, SEQ2SEQ, "pegasus", BART, inputs=token_pairs),
     family(
         "BERT",
@@ -235,6 +252,14 @@ FAMILIES: tuple[Family, ...] = (
     ),
     family("DeBERTa-v2", CLASSIFIER, SCORES, "deberta-v2", DEBERTA, config={**DORA, "task_type": "SEQ_CLS"}),
     family("ModernBERT", CLASSIFIER, SCORES, "modernbert", MODERNBERT, config={**DORA, "task_type": "SEQ_CLS"}),
+    family(
+        "RoBERTa",
+        "DoRA on attention and feed-forward layers, with the classes of tokens",
+        "AutoModelForTokenClassification",
+        "roberta",
+        {**BERT, "num_labels": 3, "bos_token_id": 1},
+        config={"target_modules": ["query", "value", "dense"], "use_dora": True, "task_type": "TOKEN_CLS"},
+    ),
     family(
         "DistilBERT",
         "DoRA on attention and feed-forward layers, with the classifier",
@@ -253,6 +278,7 @@ FAMILIES: tuple[Family, ...] = (
         | {"modules_to_save": ["classifier"]},
         inputs=pixels,
     ),
+    family("Swin", LINEARS, PICTURES, "swin", {**SWIN, "num_labels": 3}, inputs=pixels),
     family("DINOv2", LINEARS, PICTURES, "dinov2", {**VISION, "num_labels": 3}, inputs=pixels),
     family(
         "SegFormer", LINEARS, PICTURES, "segformer", SEGFORMER, inputs=lambda _: {"pixel_values": noise(1, 3, 32, 32)}
