@@ -35,6 +35,8 @@ from tests.onnx_models import (
     OUTPUTS,
     PROMPTS,
     SEVERAL,
+    SIZES,
+    VISION,
     VOCABULARY,
     Case,
     cases,
@@ -348,8 +350,14 @@ ROPE = {"type": "mrope", "mrope_section": [1, 1, 2]}
             ),
             "input_values",
         ),
+        (
+            lambda: transformers.CLIPModel(
+                transformers.CLIPConfig(text_config={**SIZES}, vision_config={**VISION}, projection_dim=8)
+            ),
+            "cannot trace it",
+        ),
     ],
-    ids=["mamba", "qwen2_vl", "wav2vec2"],
+    ids=["mamba", "qwen2_vl", "wav2vec2", "clip"],
 )
 def test_models_without_such_a_graph_are_refused(
     tmp_path: Path, make: Callable[[], PreTrainedModel], reason: str

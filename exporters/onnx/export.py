@@ -132,14 +132,31 @@ def require_graphs(model_folder: Path, options: OnnxOptions) -> None:
     """
     import torch
 
-    from exporters.onnx.empty_model import fake_mode
-
     with quiet(), torch.no_grad():
         weights = stored_weights(model_folder, architecture := architecture_of(model_folder))
         if options.cache and graph_cache.holds(options.cache, trace_key(model_folder, architecture, weights, options)):
             return
-        mode = fake_mode()
-        _, make_graphs = _builder(model_folder, weights, options)(mode, None)
+        build = _builder(model_folder, weights, options)
+        try:
+            _require_made(build, architecture, None)
+        except UnavailableError as error:
+            if not error.facts.get("untraceable"):
+                raise
+            try:  # as `_trace` does
+                _require_made(build, architecture, "eager")
+            except (UnavailableError, ValueError):
+                raise error from None
+
+
+def _require_made(
+    build: Callable[[FakeTensorMode, str | None], Built], architecture: str, attention: str | None
+) -> None:
+    from exporters.onnx.empty_model import fake_mode
+    from exporters.onnx.tracing import as_untraceable
+
+    mode = fake_mode()
+    with as_untraceable(architecture):
+        _, make_graphs = build(mode, attention)
         with mode:
             make_graphs()
 
@@ -223,19 +240,21 @@ def _trace_with(
 
     from exporters.onnx.empty_model import fake_mode
     from exporters.onnx.quantizing import quantize_graph
-    from exporters.onnx.tracing import trace
+    from exporters.onnx.tracing import as_untraceable, trace
 
     mode = fake_mode()
     notes: list[str] = []
     models: dict[str, onnx_ir.Model] = {}
     with torch.no_grad():
-        model, make_graphs = build(mode, attention)
+        with as_untraceable(architecture):
+            model, make_graphs = build(mode, attention)
         named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
         shapes = {name: tuple(tensor.shape) for name, tensor in named}
-        with mode:
+        with as_untraceable(architecture), mode:
             graphs = make_graphs()
         for file, graph in graphs.items():
-            traced = trace(graph, options.opset, architecture)
+            with as_untraceable(architecture):
+                traced = trace(graph, options.opset)
             strip_metadata(traced)
             if options.bits:
                 notes += quantize_graph(traced, options.bits)

@@ -7,10 +7,11 @@ is the graph of every other of the same configuration.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from dora_serve.errors import UnavailableError
+from dora_serve.errors import DoraServeError, UnavailableError
 from exporters.onnx.architectures import INSTEAD
 from exporters.onnx.empty_model import is_fake
 from exporters.onnx.optimizing import optimize
@@ -21,23 +22,16 @@ if TYPE_CHECKING:
     import onnx_ir
 
 
-def trace(graph: Traceable, opset: int, architecture: str) -> onnx_ir.Model:
-    """The graph of `graph.module`. Raises UnavailableError where torch cannot trace it."""
+@contextmanager
+def as_untraceable(architecture: str) -> Iterator[None]:
+    """Whatever a model's own code, torch or the passes over its graph raise in the block, as an UnavailableError."""
     import torch
 
     try:
-        program = torch.onnx.export(
-            graph.module,
-            graph.args,
-            input_names=list(graph.inputs),
-            output_names=list(graph.outputs),
-            dynamic_shapes=graph.dynamic_shapes,
-            opset_version=opset,
-            dynamo=True,
-            optimize=False,
-            verbose=False,
-        )
-    except torch.onnx.errors.OnnxExporterError as error:
+        yield
+    except (DoraServeError, MemoryError):
+        raise
+    except Exception as error:
         raise UnavailableError(
             f"{architecture} cannot be exported to ONNX: torch {torch.__version__} cannot trace it: "
             f"{_first_line(error)}.",
@@ -45,6 +39,23 @@ def trace(graph: Traceable, opset: int, architecture: str) -> onnx_ir.Model:
             architecture=architecture,
             untraceable=True,
         ) from error
+
+
+def trace(graph: Traceable, opset: int) -> onnx_ir.Model:
+    """The graph of `graph.module`. Raises whatever torch raises where it cannot trace it."""
+    import torch
+
+    program = torch.onnx.export(
+        graph.module,
+        graph.args,
+        input_names=list(graph.inputs),
+        output_names=list(graph.outputs),
+        dynamic_shapes=graph.dynamic_shapes,
+        opset_version=opset,
+        dynamo=True,
+        optimize=False,
+        verbose=False,
+    )
     assert program is not None
     _empty_weights(program.model, graph.module)
     _turn_weights(program.model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 _STEPS = 1e-3
 _SCALE_ERROR = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 _LARGE = 1 << 16
+_COMPUTED = re.compile(r"val_\d+$")
+"""What torch's exporter calls a value without a name in the model, such as a table of positions that was computed."""
 
 
 def compare_weights(
@@ -51,6 +54,7 @@ def compare_weights(
         if form_of(name).bits is not None
         or (
             tensor.dtype.is_floating_point()
+            and not _COMPUTED.match(name)
             and (_is_matrix(tensor) or name in checkpoint.tensors or loaded(name) is not None)
         )
     }
