@@ -143,6 +143,9 @@ MODELS |= {
     "vit": lambda: transformers.ViTForImageClassification(
         transformers.ViTConfig(**{**VISION, "num_hidden_layers": 1}, num_labels=3)
     ),
+    "beit": lambda: transformers.BeitForImageClassification(
+        transformers.BeitConfig(**{**VISION, "num_hidden_layers": 1}, num_labels=3, use_relative_position_bias=True)
+    ),
     "resnet": lambda: transformers.ResNetForImageClassification(
         transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], image_size=16)
     ),
@@ -177,8 +180,10 @@ OUTPUTS = {
     "roberta_masked": ("logits",),
     "llama_classifier": ("logits",),
     "vit": ("logits",),
+    "beit": ("logits",),
     "resnet": ("logits",),
 }
+OF_PICTURES = ("vit", "beit", "resnet")
 SEVERAL = {
     "t5": ("encoder_model.onnx", "decoder_model_merged.onnx"),
     "bart": ("encoder_model.onnx", "decoder_model_merged.onnx"),
@@ -233,7 +238,7 @@ def noise(*shape: int) -> torch.Tensor:
 def samples(name: str) -> list[Inputs]:
     """Inputs for a model of MODELS, of different lengths where they may be."""
     targets = [torch.tensor([[2, 5, 7, 9, 4][: 2 + number]]) for number in range(3)]
-    if name in ("vit", "resnet"):
+    if name in OF_PICTURES:
         return [{"pixel_values": noise(1, 3, 16, 16) * scale} for scale in (0.5, 1, 2, 3)]
     if name in ("t5", "bart"):
         return [

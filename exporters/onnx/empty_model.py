@@ -6,9 +6,11 @@ of the graph. What the checkpoint holds does not, whatever its size.
 
 from __future__ import annotations
 
+import gc
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,12 +24,26 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def fake_mode() -> FakeTensorMode:
-    """Within it tensors are made and computed with as shapes and dtypes alone."""
+@contextmanager
+def fake_mode() -> Iterator[FakeTensorMode]:
+    """Within the mode tensors are made and computed with as shapes and dtypes alone; it is entered where it is wanted.
+
+    After the block nothing is left of them: transformers keeps some tables from call to call, BEiT's relative positions
+    among them, and a model with values would be given one without.
+    """
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-    return FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    try:
+        yield FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    finally:
+        for kept in gc.get_objects():
+            if type(kept) is _LRU_CACHE and str(kept.__module__).startswith(_MODELS):
+                kept.cache_clear()
+
+
+_LRU_CACHE = type(cache(lambda: None))
+_MODELS = ("transformers.models.", "diffusers.models.")
 
 
 def is_fake(tensor: object) -> bool:

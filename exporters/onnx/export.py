@@ -154,8 +154,7 @@ def _require_made(
     from exporters.onnx.empty_model import fake_mode
     from exporters.onnx.tracing import as_untraceable
 
-    mode = fake_mode()
-    with as_untraceable(architecture):
+    with fake_mode() as mode, as_untraceable(architecture):
         _, make_graphs = build(mode, attention)
         with mode:
             make_graphs()
@@ -242,10 +241,9 @@ def _trace_with(
     from exporters.onnx.quantizing import quantize_graph
     from exporters.onnx.tracing import as_untraceable, trace
 
-    mode = fake_mode()
     notes: list[str] = []
     models: dict[str, onnx_ir.Model] = {}
-    with torch.no_grad():
+    with torch.no_grad(), fake_mode() as mode:
         with as_untraceable(architecture):
             model, make_graphs = build(mode, attention)
         named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
