@@ -127,6 +127,9 @@ MODELS |= {
     "bart": lambda: transformers.BartForConditionalGeneration(
         transformers.BartConfig(**SEQ2SEQ, **BOTH, max_position_embeddings=64, bos_token_id=1)
     ),
+    "marian": lambda: transformers.MarianMTModel(
+        transformers.MarianConfig(**SEQ2SEQ, **BOTH, max_position_embeddings=64, bos_token_id=1)
+    ),
     "whisper": lambda: transformers.WhisperForConditionalGeneration(
         transformers.WhisperConfig(
             **SEQ2SEQ,
@@ -187,6 +190,7 @@ OF_PICTURES = ("vit", "beit", "resnet")
 SEVERAL = {
     "t5": ("encoder_model.onnx", "decoder_model_merged.onnx"),
     "bart": ("encoder_model.onnx", "decoder_model_merged.onnx"),
+    "marian": ("encoder_model.onnx", "decoder_model_merged.onnx"),
     "whisper": ("encoder_model.onnx", "decoder_model_merged.onnx"),
     "llava": ("vision_encoder.onnx", "embed_tokens.onnx", "decoder_model_merged.onnx"),
 }
@@ -240,7 +244,7 @@ def samples(name: str) -> list[Inputs]:
     targets = [torch.tensor([[2, 5, 7, 9, 4][: 2 + number]]) for number in range(3)]
     if name in OF_PICTURES:
         return [{"pixel_values": noise(1, 3, 16, 16) * scale} for scale in (0.5, 1, 2, 3)]
-    if name in ("t5", "bart"):
+    if name in ("t5", "bart", "marian"):
         return [
             {**each, "decoder_input_ids": target} for each, target in zip(token_inputs(PROMPTS), targets, strict=True)
         ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -85,9 +85,31 @@ def empty_model(
         if weights.owner(name) is not None or not any(pattern.search(name) for pattern in optional)
     }
     weights.require_whole(wanted, architecture)
+    _compute(model, {name for name, _ in model.named_parameters()} - wanted.keys())
     empty_stored_buffers(model, weights, mode)
     loaded: PreTrainedModel = model
     return loaded
+
+
+def _compute(model: Any, names: Set[str]) -> None:
+    """Give values to parameters that no checkpoint of the family holds, since the model computes them: Marian's table
+    of positions. One that would be drawn at random is left as it is."""
+    for path in sorted({name.rpartition(".")[0] for name in names}):
+        module = model.get_submodule(path)
+        own = dict(module.named_parameters(recurse=False))
+        if not {f"{path}.{leaf}".lstrip(".") for leaf in own} <= names:
+            continue
+        made = []
+        for filled in (0, 1):  # what initialising does not reach differs as well
+            for leaf, empty in own.items():
+                module._parameters[leaf] = torch.nn.Parameter(
+                    torch.full(empty.shape, filled, dtype=empty.dtype), requires_grad=empty.requires_grad
+                )
+            with torch.no_grad():
+                model._init_weights(module)
+            made.append(dict(module.named_parameters(recurse=False)))
+        if not all(torch.equal(made[0][leaf], made[1][leaf]) for leaf in own):
+            module._parameters.update(own)
 
 
 def empty_stored_buffers(model: torch.nn.Module, weights: StoredWeights, mode: FakeTensorMode) -> None:
