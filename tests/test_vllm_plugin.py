@@ -12,8 +12,15 @@ import torch
 
 from dora_serve.vllm_plugin import is_tested, register
 from dora_serve.vllm_plugin.on_import import on_import
-from dora_serve.vllm_plugin.patches import _scaled
-from dora_serve.vllm_plugin.scaling import NO_DORA, SEVERAL, Batch, SlotScales, define_operator, scale_rows
+from dora_serve.vllm_plugin.scaling import (
+    NO_DORA,
+    SEVERAL,
+    Batch,
+    SlotScales,
+    define_operator,
+    scale_output,
+    scale_rows,
+)
 
 
 def test_vllm_finds_the_plugin() -> None:
@@ -165,7 +172,7 @@ def test_compiled_code_looks_at_the_batch_whenever_it_runs(operator: None) -> No
     weight = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
 
     def forward(x: torch.Tensor) -> torch.Tensor:
-        output: torch.Tensor = _scaled(layer, torch.nn.functional.linear(x, weight))
+        output: torch.Tensor = scale_output(layer, torch.nn.functional.linear(x, weight))
         return output + 1
 
     compiled = torch.compile(forward, fullgraph=True, dynamic=True, backend="aot_eager")
