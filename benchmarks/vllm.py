@@ -5,9 +5,10 @@
 Engines with the demo base, with and without the plugin, take turns within a round and go through it forth and back, so
 that what the machine does meanwhile falls on all of them alike. There are COPIES processes of each, since where the
 system has put the weights of one makes it a few hundredths faster or slower than its twin. A measurement is
-ROUND_TOKENS greedy tokens for each of REQUESTS prompts in one batch, and its time that of the processor alone. The work
-is always the same and whatever else goes on only adds to it, so that figures are those of the fastest round, and ratios
-of these; the rounds are in the file.
+ROUND_TOKENS greedy tokens for each of REQUESTS prompts in one batch, and its time that of the processor alone. A ratio
+is the median of those of the measurements that belong together: of one round, and of the first process of either kind,
+the second, and so on. The machine is faster at times, so that the fastest of one and of the other tell less. All
+rounds are in the file.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import argparse
 import json
 import os
 import platform
+import statistics
 import subprocess
 import sys
 import time
@@ -153,12 +155,12 @@ def measure(rounds: int, threads: int, dtype: str) -> dict[str, Any]:
         # Forth and back, so that a machine that slows down slows neither of two alone.
         for kind, batch, copy in runs if number % 2 == 0 else runs[::-1]:
             found[kind, batch].append(engines[kind][copy].run(batch))
-        so_far = (f"{what} {max(found[over]) / max(found[under]):.3f}" for what, over, under, _ in RATIOS)
+        so_far = (f"{what} {_ratio(found[over], found[under]):.3f}" for what, over, under, _ in RATIOS)
         print(f"round {number + 1} of {rounds}: {', '.join(so_far)}", file=sys.stderr, flush=True)
     for running in (one for copies in engines.values() for one in copies):
         running.close()
     ratios = {
-        what: {"fastest": max(found[over]) / max(found[under]), "least_wanted": least}
+        what: {"median": _ratio(found[over], found[under]), "least_wanted": least}
         for what, over, under, least in RATIOS
     }
     return {
@@ -171,11 +173,15 @@ def measure(rounds: int, threads: int, dtype: str) -> dict[str, Any]:
         "rounds": rounds,
         "copies": COPIES,
         "tokens_per_cpu_second": {
-            f"{engine} plugin, {batch}": {"fastest": max(values), "rounds": values}
+            f"{engine} plugin, {batch}": {"median": statistics.median(values), "rounds": values}
             for (engine, batch), values in found.items()
         },
         "ratios": ratios,
     }
+
+
+def _ratio(over: Sequence[float], under: Sequence[float]) -> float:
+    return statistics.median(one / other for one, other in zip(over, under, strict=True))
 
 
 def _machine() -> str:
@@ -187,7 +193,7 @@ def _machine() -> str:
 def table(result: Mapping[str, Any]) -> str:
     lines = [
         f"SmolLM2-135M in {result['dtype']}, {result['requests']} requests of {result['tokens']} tokens in one batch, "
-        f"the fastest of {result['rounds']} rounds in {result['copies']} processes each, adapters of rank 4 on all "
+        f"medians of {result['rounds']} rounds in {result['copies']} processes each, adapters of rank 4 on all "
         "linears; vLLM 0.32.0 for CPUs, "
         f"{result['threads']} thread"
         f"{'' if result['threads'] == 1 else 's'} of {result['machine']}, {result['date']}.",
@@ -196,10 +202,10 @@ def table(result: Mapping[str, Any]) -> str:
         "|---|---:|",
     ]
     for name, values in result["tokens_per_cpu_second"].items():
-        lines.append(f"| {name.replace('_', ' ')} | {values['fastest']:.1f} |")
+        lines.append(f"| {name.replace('_', ' ')} | {values['median']:.1f} |")
     lines += ["", "| ratio | | wanted |", "|---|---:|---:|"]
     for name, values in result["ratios"].items():
-        lines.append(f"| {name} | {values['fastest']:.3f} | {values['least_wanted']} |")
+        lines.append(f"| {name} | {values['median']:.3f} | {values['least_wanted']} |")
     return "\n".join(lines) + "\n"
 
 
