@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,15 +13,12 @@ import torch
 from dora_serve.errors import CheckpointError
 from dora_serve.quantized.bitsandbytes import Found
 from dora_serve.quantized.codings import AwqGroups
+from dora_serve.quantized.unsound import FETCH_AGAIN, WAY_OUT, unsound
 from dora_serve.safetensors_file import TensorEntry
 
 _SCALES = (torch.float16, torch.bfloat16, torch.float32)
 _PARTS = ("qweight", "qzeros", "scales")
 _PER_WORD = 8
-_WAY_OUT = (
-    "Merge into the original weights (--base ORIGINAL --merge-into original), or dequantize it with the library that "
-    "wrote it, save that, and give it as the base."
-)
 
 
 def find_awq(tensors: Mapping[str, TensorEntry], settings: Mapping[str, Any]) -> Found:
@@ -41,6 +39,9 @@ def find_awq(tensors: Mapping[str, TensorEntry], settings: Mapping[str, Any]) ->
                 raise _other_layout(f"{name} belongs to no codes, but divides activations as the model runs")
             raise _unsound(module, entry, f"{leaf} without its qweight", "both")
     return Found(weights, frozenset(parts & tensors.keys()))
+
+
+_unsound = partial(unsound, "AWQ layer", remedy=f"{FETCH_AGAIN} Or: {WAY_OUT}")
 
 
 def _require_plain(settings: Mapping[str, Any]) -> int:
@@ -81,14 +82,5 @@ def _weight(tensors: Mapping[str, TensorEntry], module: str, codes: TensorEntry,
 
 def _other_layout(why: str) -> CheckpointError:
     return CheckpointError(
-        f"The base is stored by AWQ in a layout that is not read here: {why}.", remedy=_WAY_OUT, method="awq"
-    )
-
-
-def _unsound(module: str, entry: TensorEntry, got: str, wanted: str) -> CheckpointError:
-    return CheckpointError(
-        f"{module} in {str(entry.path)!r} is no sound AWQ layer: got {got}, wanted {wanted}.",
-        remedy=f"Fetch or save the base again. Or: {_WAY_OUT}",
-        path=str(entry.path),
-        module=module,
+        f"The base is stored by AWQ in a layout that is not read here: {why}.", remedy=WAY_OUT, method="awq"
     )

@@ -5,14 +5,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from math import prod
 from typing import Any
 
 import torch
 
-from dora_serve.errors import CheckpointError
 from dora_serve.quantized.codings import Float4Groups
+from dora_serve.quantized.unsound import unsound
 from dora_serve.safetensors_file import TensorEntry
+
+_unsound = partial(unsound, "layer of compressed-tensors")
 
 
 @dataclass(frozen=True)
@@ -62,12 +65,3 @@ def float4_weight(
         raise _unsound(module, codes, "float4 with zero points", "symmetric codes: the library leaves the others out")
     coding = Float4Groups(codes, scales, divisor, kind.group)
     return replace(codes, name=f"{module}.weight", dtype=torch.bfloat16, shape=(rows, columns), coding=coding)
-
-
-def _unsound(module: str, codes: TensorEntry, got: str, wanted: str) -> CheckpointError:
-    return CheckpointError(
-        f"{module} in {str(codes.path)!r} is no sound layer of compressed-tensors: got {got}, wanted {wanted}.",
-        remedy="Fetch or save the base again.",
-        path=str(codes.path),
-        module=module,
-    )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -17,6 +18,7 @@ from dora_serve.errors import CheckpointError
 from dora_serve.quantized.bitsandbytes import Found
 from dora_serve.quantized.codings import ScaledCodes
 from dora_serve.quantized.compressed_float4 import float4_weight
+from dora_serve.quantized.unsound import unsound
 from dora_serve.safetensors_file import TensorEntry, read_tensor
 
 _SCALES = (torch.float32, torch.bfloat16, torch.float16)
@@ -36,6 +38,7 @@ _OF_ACTIVATIONS = (
 
 _ORIGINAL = "Merge into the original weights (--base ORIGINAL --merge-into original), or decompress it with "
 _OTHER = f"{_ORIGINAL}compressed-tensors first, save that, and give it as the base."
+_unsound = partial(unsound, "layer of compressed-tensors")
 
 
 def find_compressed(tensors: Mapping[str, TensorEntry], settings: Mapping[str, Any]) -> Found:
@@ -223,12 +226,3 @@ def _is_used(module: str, codes: TensorEntry, order: TensorEntry, columns: int, 
     if index.min() < 0 or not (torch.bincount(index, minlength=columns // group) == group).all():
         raise _unsound(module, codes, "a weight_g_idx of uneven groups", f"{group} columns in each")
     return True
-
-
-def _unsound(module: str, codes: TensorEntry, got: str, wanted: str) -> CheckpointError:
-    return CheckpointError(
-        f"{module} in {str(codes.path)!r} is no sound layer of compressed-tensors: got {got}, wanted {wanted}.",
-        remedy="Fetch or save the base again.",
-        path=str(codes.path),
-        module=module,
-    )

@@ -7,6 +7,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from dora_serve.errors import CheckpointError
 from dora_serve.quantized.bitsandbytes import Found
 from dora_serve.quantized.codings import GptqGroups
+from dora_serve.quantized.unsound import FETCH_AGAIN, WAY_OUT, unsound
 from dora_serve.safetensors_file import TensorEntry, read_tensor
 
 _BITS = (2, 3, 4, 8)
@@ -23,11 +25,6 @@ _PARTS = ("qweight", "qzeros", "scales", "g_idx")
 _OVERRIDES = ("bits", "group_size", "sym", "desc_act")
 _LAYOUT = {"pack_dtype", "format", "checkpoint_format", "quant_method", "method", "adapter"}
 _LESS_ONE = {"gptq": True, "gptq_v2": False}
-
-_WAY_OUT = (
-    "Merge into the original weights (--base ORIGINAL --merge-into original), or dequantize it with the library that "
-    "wrote it, save that, and give it as the base."
-)
 
 
 @dataclass(frozen=True)
@@ -39,6 +36,9 @@ class _Scheme:
     symmetric: bool | None
     ordered: bool | None
     less_one: bool
+
+
+_unsound = partial(unsound, "GPTQ layer", remedy=f"{FETCH_AGAIN} Or: {WAY_OUT}")
 
 
 def find_gptq(tensors: Mapping[str, TensorEntry], settings: Mapping[str, Any]) -> Found:
@@ -72,7 +72,7 @@ def _require_plain(settings: Mapping[str, Any]) -> bool:
         why = "an adapter of its own (EoRA) is added to its weights as it runs"
     if why is not None:
         raise CheckpointError(
-            f"The base is stored by GPTQ in a layout that is not read here: {why}.", remedy=_WAY_OUT, method="gptq"
+            f"The base is stored by GPTQ in a layout that is not read here: {why}.", remedy=WAY_OUT, method="gptq"
         )
     return _LESS_ONE[layout]
 
@@ -204,12 +204,3 @@ def _order(
         got = "a g_idx in another order, which desc_act in config.json says there is none of"
         raise _unsound(module, codes, got, "one or the other: kernels follow either")
     return index
-
-
-def _unsound(module: str, entry: TensorEntry, got: str, wanted: str) -> CheckpointError:
-    return CheckpointError(
-        f"{module} in {str(entry.path)!r} is no sound GPTQ layer: got {got}, wanted {wanted}.",
-        remedy=f"Fetch or save the base again. Or: {_WAY_OUT}",
-        path=str(entry.path),
-        module=module,
-    )

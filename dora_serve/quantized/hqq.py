@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from math import prod
 
 import torch
@@ -12,6 +13,7 @@ import torch
 from dora_serve.errors import CheckpointError
 from dora_serve.quantized.bitsandbytes import Found
 from dora_serve.quantized.codings import HqqGroups
+from dora_serve.quantized.unsound import unsound
 from dora_serve.safetensors_file import TensorEntry, read_tensor
 
 _SETTINGS = (
@@ -32,6 +34,7 @@ _PACKINGS: Mapping[str, tuple[int, int, torch.dtype]] = {
 
 _DTYPES = {"torch.float32": torch.float32, "torch.bfloat16": torch.bfloat16, "torch.float16": torch.float16}
 _SETTING_BYTES = 64
+_unsound = partial(unsound, "HQQ layer")
 
 
 def find_hqq(tensors: Mapping[str, TensorEntry]) -> Found:
@@ -99,12 +102,3 @@ def _numbers(module: str, codes: TensorEntry, entry: TensorEntry | None, count: 
     if any(value < 0 for value in values) or (entry.dtype == torch.uint8 and max(values, default=0) > 127):
         raise _unsound(module, codes, f"{entry.name} = {values[:8]}", "numbers or ASCII characters")
     return tuple(int(value) for value in values)
-
-
-def _unsound(module: str, codes: TensorEntry, got: str, wanted: str) -> CheckpointError:
-    return CheckpointError(
-        f"{module} in {str(codes.path)!r} is no sound HQQ layer: got {got}, wanted {wanted}.",
-        remedy="Fetch or save the base again.",
-        path=str(codes.path),
-        module=module,
-    )

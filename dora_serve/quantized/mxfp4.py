@@ -5,16 +5,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 
 import torch
 
-from dora_serve.errors import CheckpointError
 from dora_serve.quantized.bitsandbytes import Found
 from dora_serve.quantized.codings import Mxfp4Experts
+from dora_serve.quantized.unsound import unsound
 from dora_serve.safetensors_file import TensorEntry
 
 _CODES, _SCALES = "_blocks", "_scales"
 _BLOCK_BYTES = 16
+_unsound = partial(unsound, "MXFP4 parameter")
 
 
 def find_mxfp4(tensors: Mapping[str, TensorEntry], dtype: torch.dtype) -> Found:
@@ -49,12 +51,3 @@ def _weight(tensors: Mapping[str, TensorEntry], stem: str, dtype: torch.dtype) -
     experts, outputs, blocks = shape[:3]
     values = experts, blocks * 32, outputs
     return replace(codes, name=stem, dtype=dtype, shape=values, coding=Mxfp4Experts(codes, scales))
-
-
-def _unsound(stem: str, entry: TensorEntry, got: str, wanted: str) -> CheckpointError:
-    return CheckpointError(
-        f"{stem} in {str(entry.path)!r} is no sound MXFP4 parameter: got {got}, wanted {wanted}.",
-        remedy="Fetch or save the base again.",
-        path=str(entry.path),
-        module=stem,
-    )
