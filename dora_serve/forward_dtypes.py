@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
+from dora_serve.quantized.view import compute_dtype
+
 _NARROW = (torch.bfloat16, torch.float16)
 _RUNNABLE = (torch.float64, torch.float32, *_NARROW)
 
@@ -16,11 +18,9 @@ def deployed_dtype(config: Mapping[str, object], tensors: Iterable[tuple[torch.d
 
     tensors: dtype and bytes of each.
     """
-    text_config = config.get("text_config")
-    for table in (config, text_config if isinstance(text_config, dict) else {}):
-        dtype = getattr(torch, str(table.get("dtype") or table.get("torch_dtype")), None)
-        if isinstance(dtype, torch.dtype) and dtype in _RUNNABLE:
-            return dtype
+    said = compute_dtype(config)
+    if said is not None:
+        return said
     sizes = Counter(dict.fromkeys(_RUNNABLE, 0))
     for stored, nbytes in tensors:
         sizes[stored] += nbytes

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 from dora_serve.checkpoint import read_json
 from dora_serve.errors import UnavailableError
@@ -137,15 +137,7 @@ def require_graphs(model_folder: Path, options: OnnxOptions) -> None:
         if options.cache and graph_cache.holds(options.cache, trace_key(model_folder, architecture, weights, options)):
             return
         build = _builder(model_folder, weights, options)
-        try:
-            _require_made(build, architecture, None)
-        except UnavailableError as error:
-            if not error.facts.get("untraceable"):
-                raise
-            try:  # as `_trace` does
-                _require_made(build, architecture, "eager")
-            except (UnavailableError, ValueError):
-                raise error from None
+        _with_attention(lambda attention: _require_made(build, architecture, attention))
 
 
 def _require_made(
@@ -174,6 +166,7 @@ def _builder(
     return build
 
 
+_Made = TypeVar("_Made")
 Built: TypeAlias = "tuple[torch.nn.Module, Callable[[], Mapping[str, Traceable]]]"
 """A model without memory, and what makes its graphs; to be called where tensors have no values."""
 
@@ -217,14 +210,18 @@ def write_graphs(
 
 
 def _trace(architecture: str, build: Callable[[FakeTensorMode, str | None], Built], options: OnnxOptions) -> Skeleton:
+    return _with_attention(lambda attention: _trace_with(attention, architecture, build, options))
+
+
+def _with_attention(make: Callable[[str | None], _Made]) -> _Made:
     """By the attention that becomes one operator; where that cannot be translated, by the one written out."""
     try:
-        return _trace_with(None, architecture, build, options)
+        return make(None)
     except UnavailableError as error:
         if not error.facts.get("untraceable"):
             raise
         try:
-            return _trace_with("eager", architecture, build, options)
+            return make("eager")
         except (UnavailableError, ValueError):
             raise error from None
 

@@ -79,7 +79,6 @@ def check_onnx(
     tell = on_progress or (lambda message: None)
     architecture = architecture_of(model_folder)
     failures: list[str] = []
-
     with quiet(), torch.no_grad():
         tell("checking the graphs")
         dtype, quantize = numbers_of(graphs)
