@@ -22,6 +22,7 @@ from dora_serve.quantized.view import dense_view
 from dora_serve.reference_decode import decoded_range
 from exporters.cli import main
 from tests.cases import LINEARS, adapt, ask_here, llama, read_tensors, rewrite_json, rewrite_tensors, save
+from tests.quantized_bases import put_part, write_quantized
 from tests.test_quantized_merge import SIZE
 
 INPUTS = QuantizationArgs(num_bits=8, type="int", strategy="token", dynamic=True)
@@ -110,19 +111,7 @@ def settings(kind: str) -> dict[str, Any]:
 def write(root: Path, kind: str, dtype: torch.dtype = torch.bfloat16) -> tuple[Path, Path]:
     """A base as the library compresses it, and the same decompressed by it."""
     dense = save(llama(**SIZE), root / "dense", dtype)
-    tensors, restored = {}, {}
-    for name, weight in load_file(dense / "model.safetensors").items():
-        if name.split(".")[-2] not in LINEARS:
-            tensors[name] = restored[name] = weight
-            continue
-        stored, restored[name] = compressed(weight, kind, dtype)
-        tensors |= {f"{name.removesuffix('weight')}{part}": tensor for part, tensor in stored.items()}
-    save_file(restored, dense / "model.safetensors", {"format": "pt"})
-    quantized = root / "quantized"
-    quantized.mkdir()
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, quantized / "model.safetensors")
-    (quantized / "config.json").write_text((dense / "config.json").read_text())
-    rewrite_json(quantized / "config.json", quantization_config=settings(kind))
+    quantized = write_quantized(root, dense, lambda weight: compressed(weight, kind, dtype), settings(kind))
     return quantized, dense
 
 
@@ -207,13 +196,7 @@ Q = "model.layers.0.self_attn.q_proj"
 )
 def test_unsound_codes_are_refused(tmp_path: Path, part: str, value: Tensor | None, message: str) -> None:
     quantized, _ = write(tmp_path, "int4 groups, zeros")
-
-    def change(tensors: dict[str, Tensor]) -> None:
-        tensors.pop(f"{Q}.{part}", None)
-        if value is not None:
-            tensors[f"{Q}.{part}"] = value
-
-    rewrite_tensors(quantized / "model.safetensors", change)
+    put_part(quantized, f"{Q}.{part}", value)
     with pytest.raises(CheckpointError, match=message):
         dense_view(open_checkpoint(quantized))
 
@@ -234,13 +217,7 @@ def test_unsound_codes_are_refused(tmp_path: Path, part: str, value: Tensor | No
 )
 def test_unsound_float4_is_refused(tmp_path: Path, kind: str, part: str, value: Tensor | None, message: str) -> None:
     quantized, _ = write(tmp_path, kind)
-
-    def change(tensors: dict[str, Tensor]) -> None:
-        tensors.pop(f"{Q}.{part}", None)
-        if value is not None:
-            tensors[f"{Q}.{part}"] = value
-
-    rewrite_tensors(quantized / "model.safetensors", change)
+    put_part(quantized, f"{Q}.{part}", value)
     with pytest.raises(CheckpointError, match=message):
         dense_view(open_checkpoint(quantized))
 

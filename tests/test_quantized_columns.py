@@ -24,7 +24,8 @@ from dora_serve.reference_decode import decoded_range
 from dora_serve.safetensors_file import TensorEntry
 from exporters.cli import main
 from tests.auto_round_layers import quantized, values
-from tests.cases import LINEARS, adapt, ask_here, build, llama, load, read_tensors, rewrite_json, rewrite_tensors, save
+from tests.cases import LINEARS, adapt, ask_here, build, llama, load, read_tensors, rewrite_tensors, save
+from tests.quantized_bases import write_quantized
 from tests.test_quantized_merge import SIZE
 
 Change = Callable[[dict[str, Tensor]], Any]
@@ -121,19 +122,7 @@ MERGED = ("gptq", "gptq in an order of its own", "awq")
 def write(root: Path, kind: Kind, model: Any = None, dtype: torch.dtype = torch.bfloat16) -> tuple[Path, Path]:
     """A base whose linear layers are quantized, and the dense one of what they stand for."""
     dense = save(model or llama(**SIZE), root / "dense", dtype)
-    tensors, restored = {}, {}
-    for name, weight in load_file(dense / "model.safetensors").items():
-        if not name.endswith(".weight") or name.split(".")[-2] not in LINEARS:
-            tensors[name] = restored[name] = weight
-            continue
-        stored, restored[name] = kind(weight)
-        tensors |= {f"{name.removesuffix('weight')}{part}": tensor for part, tensor in stored.items()}
-    save_file(restored, dense / "model.safetensors", {"format": "pt"})
-    folder = root / "quantized"
-    folder.mkdir()
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
-    (folder / "config.json").write_text((dense / "config.json").read_text())
-    rewrite_json(folder / "config.json", quantization_config=kind.settings)
+    folder = write_quantized(root, dense, kind, kind.settings)
     return folder, dense
 
 
