@@ -124,7 +124,7 @@ def adapted_linear(
     base (rows, tokens, out) is W x; x (rows, tokens, in), or A x already, (rows, tokens, R), where lora_a is None.
     Either lora_a (rows, r, in) and lora_b (rows, r, out) hold each row's own factors, with s folded into lora_b; or
     lora_a (R, in) and lora_b (R, out) hold those of all adapters in the batch, one below the other, and chosen
-    (rows, 1, R) is 1 where a rank belongs to the row's own adapter and 0 elsewhere, None where all rows have the same.
+    (rows, 1, R) is True where a rank belongs to the row's own adapter, None where all rows have the same.
     norm_scale (rows, 1, out) is 1 for a row without DoRA; bias (out,) or (rows, 1, out). All but `W x` is computed in
     the factors' dtype, and the result rounded once to that of `base`.
     """
@@ -136,7 +136,8 @@ def adapted_linear(
         total = torch.baddbmm(wide, low_rank, lora_b)
     else:
         low_rank = low_rank if lora_a is None else functional.linear(low_rank, lora_a)
-        low_rank = low_rank if chosen is None else low_rank * chosen
+        # Chosen, not multiplied by 0: another adapter's A may take this row's x beyond what the dtype holds.
+        low_rank = low_rank if chosen is None else torch.where(chosen, low_rank, 0)
         total = torch.addmm(wide.flatten(0, -2), low_rank.flatten(0, -2), lora_b).view(base.shape)
     if norm_scale is not None:
         total *= norm_scale

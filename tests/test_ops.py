@@ -335,7 +335,7 @@ def test_adapted_linear_is_the_formula_row_by_row(dtype: torch.dtype, looked_up:
     else:
         lora_a, lora_b = torch.cat(a), torch.cat(b)
         owners = [place for place, rank in enumerate(RANKS) for _ in range(rank)]
-        chosen = torch.tensor([[owner == slot for owner in owners] for slot in slots]).to(factor_dtype)[:, None]
+        chosen = torch.tensor([[owner == slot for owner in owners] for slot in slots])[:, None]
     given = x.to(factor_dtype) @ lora_a.T if looked_up else x
     result = adapted_linear(
         base, given, None if looked_up else lora_a, lora_b, chosen=chosen, norm_scale=scale, bias=bias
@@ -367,3 +367,11 @@ def test_adapted_linear_of_one_adapter_needs_no_choice() -> None:
     result = adapted_linear(base, x, lora_a, lora_b)
     torch.testing.assert_close(result, before + x @ lora_a.T @ lora_b)
     assert torch.equal(base, before), "what it was given is not written to"
+
+
+def test_a_row_is_not_concerned_by_an_adapter_that_takes_it_beyond_float32() -> None:
+    x = torch.tensor([[[1e30]], [[1e-30]]])
+    lora_a, lora_b = torch.tensor([[1.0], [1e30]]), torch.tensor([[2.0], [3.0]])
+    chosen = torch.tensor([[[True, False]], [[False, True]]])
+    got = adapted_linear(torch.zeros(2, 1, 1), x, lora_a, lora_b, chosen=chosen)
+    torch.testing.assert_close(got.flatten(), torch.tensor([2e30, 3.0]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,14 @@ class Packed:
 _ROUND_RANK = 16
 
 
+class Layers(Protocol):
+    """The factors of a batch, by layer."""
+
+    def of(self, layer: str, *, embeds: bool = False) -> Packed | None:
+        """None where no row has an adapter on the layer. embeds: whether that looks its input up."""
+        ...
+
+
 class Batch:
     """Which adapter each row of a forward has. Factors are packed layer by layer, once, when a forward first asks.
 
@@ -48,7 +56,7 @@ class Batch:
         self._packed: dict[str, Packed | None] = {}
 
     def of(self, layer: str, *, embeds: bool = False) -> Packed | None:
-        """None where no row has an adapter on the layer. embeds: whether that looks its input up."""
+        """As Layers has it."""
         if layer not in self._packed:
             self._packed[layer] = self._pack(layer, embeds)
         return self._packed[layer]
@@ -77,7 +85,7 @@ class Batch:
         return Packed(
             lora_A=first.lora_A if len(present) == 1 else torch.cat([one.lora_A for _, one in present]),
             lora_B=first.lora_B if len(present) == 1 else torch.cat([one.lora_B for _, one in present]),
-            chosen=None if alike else (owners == slots[:, None]).to(first.lora_A.dtype)[:, None],
+            chosen=None if alike else (owners == slots[:, None])[:, None],
             **shared,
         )
 
@@ -109,7 +117,7 @@ class BatchOfNow:
     (rows, tokens) of the forward.
     """
 
-    batch: Batch | None = None
+    batch: Layers | None = None
     shape: tuple[int, int] = (0, 0)
 
 
