@@ -105,6 +105,25 @@ def test_logits_that_are_no_numbers_end_that_request_alone(tmp_path: Path) -> No
     assert [info.in_use for info in engine.pool.list()] == [0]
 
 
+def test_a_row_that_was_no_numbers_leaves_none_to_the_next(tmp_path: Path) -> None:
+    """Its keys and values are NaN from the second layer on, at more places than the next request fills."""
+    base = save(llama(), tmp_path / "base")
+    adapt(load(base, llama()), tmp_path / "huge", target_modules=["o_proj", "down_proj"])
+    rewrite_tensors(
+        tmp_path / "huge" / "adapter_model.safetensors",
+        lambda tensors: [tensor.mul_(1e21) for tensor in tensors.values()],
+    )
+    engine = Engine(load(base, llama()))
+    engine.pool.load("huge", tmp_path / "huge")
+    short = Request([1, 2], max_tokens=4, ignore_eos=True)
+    (wanted,) = engine.complete([short])
+    long = Request([1, 2] * 10, adapter="huge", max_tokens=4)
+    for requests, rows in (([long, short], 1), ([long, short, short], 2), ([short, long, short], 2)):
+        answers = engine.complete(requests, max_rows=rows)
+        assert [answer.finish_reason for answer in answers if answer.adapter] == ["error"]
+        assert all(answer.token_ids == wanted.token_ids for answer in answers if not answer.adapter)
+
+
 def test_a_loop_that_is_left_lets_go_at_once(tmp_path: Path) -> None:
     base = save(llama(), tmp_path / "base")
     engine = Engine(load(base, llama()), device_limits=Limits(count=1))

@@ -63,3 +63,5 @@ def test_the_engine_on_the_gpu_writes_what_peft_writes(smollm2: Path) -> None:
             if request.adapter == name:
                 assert isinstance(request.prompt, tuple)
                 assert answer.token_ids == greedy(model, request.prompt, 64).tokens
+    assert engine.why_not_recorded is None
+    assert engine.replayed_steps > 64

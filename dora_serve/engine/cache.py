@@ -35,6 +35,8 @@ class RowCache:
         """How many places a step sees: the longest row with its new token, rounded up to a multiple of STEP."""
         self.places = self.step_rows = torch.empty(0, dtype=torch.long)
         """(count,): where the new tokens of a step go, which is also their position; and the rows that they go to."""
+        self.moves = 0
+        """How often more memory was reserved, elsewhere."""
         self.layers = Cache(layer_class_to_replicate=partial(_Layer, self))  # type: ignore[arg-type]
 
     def begin_fill(self, row: int, most: int = 0) -> None:
@@ -66,6 +68,13 @@ class RowCache:
                 layer.values[target, :, :length] = layer.values[source, :, :length]
         self.lengths[target] = length
 
+    def clear(self, row: int) -> None:
+        """Forget a row that may not be finite: a place that is masked counts 0 times what it holds."""
+        layers: Any = self.layers.layers
+        with torch.inference_mode():
+            for layer in layers:
+                layer.keys[row], layer.values[row] = 0, 0
+
     def padding_mask(self, device: torch.device) -> Tensor:
         """(count, seen): 1 where a row of a step has a token, the new one included."""
         return (torch.arange(self.seen, device=device) <= self.places[:, None]).long()
@@ -92,17 +101,22 @@ class _Layer:
         owner = self._owner
         if owner.filling is not None:
             length = key_states.shape[2]
-            self.keys = _reserved(self.keys, owner.rows, key_states, length)
-            self.values = _reserved(self.values, owner.rows, value_states, length)
-            self.keys[owner.filling, :, :length] = key_states[0]
-            self.values[owner.filling, :, :length] = value_states[0]
+            keys, values = self._reserve(key_states, value_states, length)
+            keys[owner.filling, :, :length] = key_states[0]
+            values[owner.filling, :, :length] = value_states[0]
             return key_states, value_states
         count, seen = key_states.shape[0], owner.seen
-        self.keys = _reserved(self.keys, owner.rows, key_states, seen)
-        self.values = _reserved(self.values, owner.rows, value_states, seen)
-        self.keys[owner.step_rows, :, owner.places] = key_states[:, :, 0]
-        self.values[owner.step_rows, :, owner.places] = value_states[:, :, 0]
-        return self.keys[:count, :, :seen], self.values[:count, :, :seen]
+        keys, values = self._reserve(key_states, value_states, seen)
+        keys[owner.step_rows, :, owner.places] = key_states[:, :, 0]
+        values[owner.step_rows, :, owner.places] = value_states[:, :, 0]
+        return keys[:count, :, :seen], values[:count, :, :seen]
+
+    def _reserve(self, key_states: Tensor, value_states: Tensor, places: int) -> tuple[Tensor, Tensor]:
+        keys = _reserved(self.keys, self._owner.rows, key_states, places)
+        values = _reserved(self.values, self._owner.rows, value_states, places)
+        self._owner.moves += keys is not self.keys
+        self.keys, self.values = keys, values
+        return keys, values
 
     def get_seq_length(self) -> int:
         return 0 if self._owner.filling is not None else self._owner.seen - 1
@@ -125,20 +139,28 @@ def _reserved(have: Tensor | None, rows: int, like: Tensor, places: int) -> Tens
     return grown
 
 
-def step_mask(cache: RowCache, config: Any, device: torch.device, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
+def step_mask(
+    cache: RowCache, config: Any, device: torch.device, dtype: torch.dtype, *, whole: bool = False
+) -> Tensor | dict[str, Tensor]:
     """What a step gives the model as attention_mask: (count, seen), or where the model has a sliding window, whose
     place in a row transformers would take from the longest row, the masks of its layer types as generate makes them.
+
+    whole: always the masks as attention takes them, (count, 1, 1, seen), at which transformers does not look.
     """
     padding = cache.padding_mask(device)
     windows = sliding_window(config)
-    if windows is None or windows.size >= cache.seen:
+    if not whole and (windows is None or windows.size >= cache.seen):
         return padding
-    recent = torch.arange(cache.seen, device=device) > cache.places[:, None] - windows.size
     full = padding.bool()
-    shaped = {"full_attention": full[:, None, None], "sliding_attention": (full & recent)[:, None, None]}
+    shaped = {"full_attention": full[:, None, None]}
+    if windows is not None:
+        recent = torch.arange(cache.seen, device=device) > cache.places[:, None] - windows.size
+        shaped["sliding_attention"] = (full & recent)[:, None, None]
     if getattr(config, "_attn_implementation", None) == "eager":
         lowest = torch.finfo(dtype).min
         shaped = {kind: torch.where(mask, 0.0, lowest).to(dtype) for kind, mask in shaped.items()}
+    if windows is None:
+        return shaped["full_attention"]
     if windows.layer_types is None:
         return shaped["sliding_attention"]
     return {kind: shaped[kind] for kind in windows.layer_types}

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dora_serve.engine.adapted_linear import AdaptedLinear, Batch, BatchOfNow, put_layers
+from dora_serve.engine.adapted_linear import AdaptedLinear, Batch, BatchOfNow, Layers, put_layers
 from dora_serve.engine.base_layers import dense_matrix, is_supported
 from dora_serve.engine.cache import RowCache, step_mask
 from dora_serve.engine.factors import Base, PreparedAdapter
@@ -34,8 +34,9 @@ from dora_serve.engine.prompt_tokens import PromptTokens, context_of, end_tokens
 from dora_serve.engine.requests import Completion, Request
 from dora_serve.engine.running import Running
 from dora_serve.engine.scale_cache import ScaleCache, identity, stamps
-from dora_serve.engine.self_check import require_batchable, require_same_alone
+from dora_serve.engine.self_check import close_enough, require_batchable, require_same_alone
 from dora_serve.engine.sound import is_whole, require
+from dora_serve.engine.step_graphs import FixedCache, Recorder, StepGraphs, cuda_recorder, power_of_two
 from dora_serve.errors import EngineError
 from dora_serve.module_names import ModuleNames
 from dora_serve.ops import squared_row_norms
@@ -49,6 +50,8 @@ class Engine:
     device_limits, host_limits: of the pool's tiers, no limit by default. max_rank: larger adapters are refused.
     files: what the model was loaded from, so that norm scales beside an adapter may be taken for it. scale_cache: a
     folder where the norm scales of its DoRAs are kept, so that one that was loaded before loads as a LoRA does.
+    record_steps: decoding steps as CUDA graphs, where the model is on a CUDA device; what cannot be recorded decodes
+    without (`why_not_recorded`). A Recorder of one's own in its place is used on any device.
 
     Raises UnavailableError for an architecture whose attention cannot be batched here.
     """
@@ -65,6 +68,7 @@ class Engine:
         label: str = "this base",
         files: Path | None = None,
         scale_cache: Path | None = None,
+        record_steps: bool | Recorder = True,
     ) -> None:
         self.model, self.tokenizer, self.max_rows = model.eval(), tokenizer, max_rows
         self.config = model.config.get_text_config()
@@ -76,9 +80,10 @@ class Engine:
                 "This model is in another engine already.", remedy="Use that engine, or load the model again."
             )
         self._accepts = frozenset(inspect.signature(model.forward).parameters)
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self.running = Running()
         self._now = BatchOfNow()
+        self._graphs: StepGraphs | None = None
         self._squared_norms: dict[str, Tensor] = {}
         names = ModuleNames(model)
         self._layers: Mapping[str, nn.Module] = _layers(model)
@@ -93,6 +98,8 @@ class Engine:
             kept = ScaleCache(
                 scale_cache, cache(partial(identity, stamps(files), fingerprint, self._layers, self.device))
             )
+        self._graphs = self._step_graphs(record_steps)
+        self._spare: dict[int, FixedCache] = {}
         self.base = Base(label, names, self._layers, self._squared_norm, fingerprint, kept)
         self.probe = Probe(self._layers, self._find_reached).changes
         self.pool = AdapterPool(
@@ -161,21 +168,51 @@ class Engine:
         return Batch(adapters, by_row=self.by_row)
 
     def new_cache(self, rows: int) -> RowCache:
-        return RowCache(rows)
+        if self._graphs is None or self._graphs.why_not is not None:
+            return RowCache(rows)
+        rows = power_of_two(rows)
+        with self._lock:
+            return self._spare.pop(rows, None) or FixedCache(rows, self.device)
+
+    @property
+    def replayed_steps(self) -> int:
+        """Decoding steps that were recordings, so far."""
+        return 0 if self._graphs is None else self._graphs.replayed
+
+    def release_cache(self, cache: RowCache) -> None:
+        """Keep the last one with its recordings, which hold for its own memory alone."""
+        if isinstance(cache, FixedCache) and self._graphs is not None and self._graphs.why_not is None:
+            with self._lock:
+                self._spare = {cache.rows: cache}
+
+    @property
+    def why_not_recorded(self) -> str | None:
+        """Why decoding steps are not recorded, None where they are."""
+        return "it was not wanted, or the device has no graphs" if self._graphs is None else self._graphs.why_not
 
     def forward(
         self, batch: Batch | None, tokens: Tensor, cache: RowCache | None = None, *, last: bool = False
     ) -> Tensor:
         """Logits (rows, tokens, vocabulary), of the `last` place alone if the model can; with a cache, of that place,
         (rows, vocabulary)."""
+        if self._graphs is None or not isinstance(cache, FixedCache) or cache.filling is not None:
+            return self._forward(batch, tokens, cache, last=last)
+        rows = (None,) * len(tokens) if batch is None else batch.rows
+        with self._lock:
+            return self._graphs.forward(rows, tokens, cache, lambda: self._forward(batch, tokens, cache))
+
+    def _forward(
+        self, batch: Layers | None, tokens: Tensor, cache: RowCache | None, *, last: bool = False, whole: bool = False
+    ) -> Tensor:
         inputs: dict[str, Any] = {"input_ids": tokens, "use_cache": cache is not None}
         if cache is None or cache.filling is not None:
             inputs["attention_mask"] = torch.ones_like(tokens)
         else:
-            inputs["attention_mask"] = step_mask(cache, self.config, self.device, self.dtype)
+            inputs["attention_mask"] = step_mask(cache, self.config, self.device, self.dtype, whole=whole)
         if "position_ids" in self._accepts and cache is not None:
-            whole = torch.arange(tokens.shape[1], device=self.device)[None]
-            inputs["position_ids"] = whole if cache.filling is not None else cache.places[:, None]
+            filled = cache.filling is not None
+            places = torch.arange(tokens.shape[1], device=self.device)[None] if filled else cache.places[:, None]
+            inputs["position_ids"] = places
         if cache is not None:
             inputs["past_key_values"] = cache.layers
         if (last or cache is not None) and "logits_to_keep" in self._accepts:
@@ -200,11 +237,11 @@ class Engine:
                 inputs["position_ids"] = torch.arange(start, stop, device=self.device)[None]
             yield self._run(batch, inputs)
 
-    def _run(self, batch: Batch | None, inputs: Mapping[str, Any]) -> Tensor:
+    def _run(self, batch: Layers | None, inputs: Mapping[str, Any]) -> Tensor:
         """The model's logits, with the adapters of the batch on its layers."""
         rows, places = inputs["input_ids"].shape
         with self._lock, torch.inference_mode():
-            self._now.batch = batch if batch is not None and batch.adapters else None
+            self._now.batch = None if isinstance(batch, Batch) and not batch.adapters else batch
             self._now.shape = (rows, places)
             try:
                 logits: Tensor = self.model(**inputs).logits
@@ -233,6 +270,18 @@ class Engine:
     def by_row(self) -> bool:
         """Whether batches hold each row's own factors: in 16 bits, a row's numbers are then the same in any of them."""
         return self.dtype not in (torch.float32, torch.float64)
+
+    def _step_graphs(self, wanted: bool | Recorder) -> StepGraphs | None:
+        if isinstance(wanted, bool):
+            if not wanted or self.device.type != "cuda":
+                return None
+            wanted = cuda_recorder(self.device)
+        return StepGraphs(
+            wanted,
+            lambda batch, tokens, cache: self._forward(batch, tokens, cache, whole=True),
+            embeddings=[name for name, layer in self._layers.items() if isinstance(layer, nn.Embedding)],
+            close_enough=close_enough(self.model),
+        )
 
     def _squared_norm(self, layer: str) -> Tensor:
         if layer not in self._squared_norms:

@@ -52,6 +52,10 @@ class Cache(Protocol):
         """Put row `source` into the place of row `target`."""
         ...
 
+    def clear(self, row: int) -> None:
+        """Forget a row whose numbers may not be finite."""
+        ...
+
 
 class Decoder(Protocol):
     """What a generation needs of an engine. batch: of the adapters of its rows, None being the base."""
@@ -70,6 +74,7 @@ class Decoder(Protocol):
     def token_text(self, token: int) -> str: ...
     def batch(self, adapters: tuple[Any, ...]) -> Any: ...
     def new_cache(self, rows: int) -> Any: ...
+    def release_cache(self, cache: Any) -> None: ...
     def forward(self, batch: Any, tokens: Tensor, cache: Any) -> Tensor: ...
     def logits_alone(self, adapter: Any, tokens: Sequence[int]) -> Tensor: ...
 
@@ -177,6 +182,7 @@ class _Decoding:
             for row in self._rows:
                 row.release()
             self._rows.clear()
+            self._engine.release_cache(self._cache)
 
     def _drop_cancelled(self) -> Iterator[Event]:
         with self._lock:
@@ -307,6 +313,8 @@ class _Decoding:
     def _end(self, row: _Row, reason: FinishReason, error: DoraServeError | None = None) -> Event:
         """Give the row's place to the last row, and its adapter back."""
         place, last = self._rows.index(row), len(self._rows) - 1
+        if reason == "error":
+            self._cache.clear(place)
         if place != last:
             self._cache.move(last, place)
             self._rows[place] = self._rows[last]

@@ -58,15 +58,20 @@ def require_same_alone(
         raise _unavailable(model, f"it cannot be run in rows ({type(error).__name__})") from error
     if not bool(torch.isfinite(alone).all()):
         raise _unavailable(model, "its logits are not finite")
-    quantized = getattr(model.config, "quantization_config", None) is not None
-    # Rounding moves float32 logits by 1e-6 of their spread and 16 bits by a hundredth; another position or mask by far
-    # more, but by less where the weights are as small as those of an untrained model.
-    allowed = 1e-4 if model.dtype in (torch.float32, torch.float64) and not quantized else 0.15
+    allowed = close_enough(model)
     spread = _rms(alone - alone.mean())
     if _rms(batched - alone) > allowed * spread:
         raise _unavailable(model, "its logits in a batch are others than alone")
     if _rms(whole[0, :-1] - whole[1, :-1]) > allowed * spread:
         raise _unavailable(model, "a token changes what comes before it")
+
+
+def close_enough(model: Any) -> float:
+    """How far logits may be from others by rounding alone, over their spread: that moves those of float32 by 1e-6 and
+    those of 16 bits by a hundredth. Another position or mask moves them by far more, but by less where the weights are
+    as small as those of an untrained model."""
+    quantized = getattr(model.config, "quantization_config", None) is not None
+    return 1e-4 if model.dtype in (torch.float32, torch.float64) and not quantized else 0.15
 
 
 def _rms(difference: Tensor) -> float:

@@ -60,6 +60,9 @@ class GroupedCache:
     def move(self, source: int, target: int) -> None:
         self._places[target] = self._places[source]
 
+    def clear(self, row: int) -> None:
+        """Nothing: a row that has ended is left out of the arrays."""
+
     def filled(self, key: Hashable, past: Mapping[str, Array], tokens: int) -> None:
         """The row that is being filled has this cache, of so many tokens."""
         assert self._filling is not None

@@ -128,6 +128,9 @@ class OnnxEngine:
     def new_cache(self, rows: int) -> Any:
         return self._runner.new_cache(rows)
 
+    def release_cache(self, cache: Any) -> None:
+        """Nothing of it is used again."""
+
     def forward(self, batch: tuple[Any, ...], tokens: Tensor, cache: Any) -> Tensor:
         """Logits (rows, vocabulary) of the last of tokens (rows, tokens)."""
         return self._runner.forward(batch, tokens, cache)

@@ -57,6 +57,9 @@ class Generators:
     def move(self, source: int, target: int) -> None:
         self.rows[target] = self.rows[source]
 
+    def clear(self, row: int) -> None:
+        """Nothing: what a generator holds is its own."""
+
 
 @dataclass(frozen=True, eq=False)
 class _Loaded:
