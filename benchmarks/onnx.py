@@ -37,6 +37,8 @@ from benchmarks.page import write_table  # noqa: E402
 RESULTS = ROOT / "benchmarks" / "results" / "onnx.json"
 THREADS = tuple(sorted({1, os.cpu_count() or 1}))
 PASSES = 2
+READING = "the weights read once, in float32"
+"""For comparison: no float32 decoder can be faster than that at batch 1."""
 ROUTES: Mapping[str, Mapping[str, Any]] = {
     "merged ONNX": {},
     "merged ONNX, int8": {"quantize": "int8"},
@@ -67,7 +69,7 @@ def main() -> int:
             for name, route in ROUTES.items()
         }
         print("exported; decoding", file=sys.stderr, flush=True)
-        routes = {"transformers": merged, **{name: folder / slug(name) for name in ROUTES}}
+        routes = {"transformers": merged, READING: merged, **{name: folder / slug(name) for name in ROUTES}}
         speeds = decode(routes, options.genai_python, options.tokens, options.rounds)
         losses = {name: loss(folder / slug(name), merged, options.genai_python) for name in ROUTES}
     result = {
@@ -117,7 +119,7 @@ def decode(
     for threads in (number for number in THREADS for _ in range(PASSES)):
         for name, folder in routes.items():
             genai = name.startswith("GenAI")
-            kind = "genai" if genai else "onnx" if name in ROUTES else name
+            kind = "genai" if genai else "onnx" if name in ROUTES else "reading" if name == READING else name
             python = genai_environment(genai_python).python if genai else sys.executable
             program = [python, "-P", str(ROOT / "benchmarks" / "onnx_one_decode.py"), kind, str(folder)]
             given = [*program, *map(str, (tokens, rounds, threads))]

@@ -1,6 +1,6 @@
 """One route's decoding in a process of its own: tokens a second by batch, as JSON; with one thread, a CPU-second.
 
-PYTHON -P benchmarks/onnx_one_decode.py transformers|onnx|genai FOLDER TOKENS ROUNDS THREADS
+PYTHON -P benchmarks/onnx_one_decode.py reading|transformers|onnx|genai FOLDER TOKENS ROUNDS THREADS
 
 Greedy, on a cache, from the same prompt, float32 activations; medians. transformers with its default attention (sdpa).
 """
@@ -8,6 +8,7 @@ Greedy, on a cache, from the same prompt, float32 activations; medians. transfor
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import sys
 import time
@@ -22,7 +23,9 @@ def main() -> None:
     route, folder, (tokens, rounds, threads) = sys.argv[1], Path(sys.argv[2]), map(int, sys.argv[3:])
     # With one thread that of the processor, which what else runs disturbs less.
     clock = time.process_time if threads == 1 else time.perf_counter
-    make = {"transformers": transformers_decoder, "onnx": onnx_decoder, "genai": genai_decoder}[route](folder, threads)
+    make = {"reading": reader, "transformers": transformers_decoder, "onnx": onnx_decoder, "genai": genai_decoder}[
+        route
+    ](folder, threads)
     speeds = {}
     for batch in BATCHES:
         decode, taken = make(batch), []
@@ -36,6 +39,29 @@ def main() -> None:
 
 Decoders = Callable[[int], Callable[[int], None]]
 """Of a batch, what decodes so many tokens."""
+
+
+def reader(folder: Path, threads: int) -> Decoders:
+    """Not a decoder: what it reads for a token, every weight once in float32, by a product with a vector. No decoder
+    of one row is faster, and none of several rows that computes nothing."""
+    import torch
+    from safetensors import safe_open
+
+    torch.set_num_threads(threads)
+    numbers = 0
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            numbers += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    weights, vector = torch.ones(numbers // 1024, 1024), torch.ones(1024)
+
+    def make(batch: int) -> Callable[[int], None]:
+        def decode(tokens: int) -> None:
+            for _ in range(tokens):
+                weights @ vector
+
+        return decode
+
+    return make
 
 
 def transformers_decoder(folder: Path, threads: int) -> Decoders:

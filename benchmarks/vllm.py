@@ -2,13 +2,13 @@
 
     make vllm-venv && .venv-vllm/bin/python -m benchmarks.vllm
 
-Engines with the demo base, with and without the plugin, take turns within a round and go through it forth and back, so
-that what the machine does meanwhile falls on all of them alike. There are COPIES processes of each, since where the
-system has put the weights of one makes it a few hundredths faster or slower than its twin. A measurement is
-ROUND_TOKENS greedy tokens for each of REQUESTS prompts in one batch, and its time that of the processor alone. A ratio
-is the median of those of the measurements that belong together: of one round, and of the first process of either kind,
-the second, and so on. The machine is faster at times, so that the fastest of one and of the other tell less. All
-rounds are in the file.
+A measurement is ROUND_TOKENS greedy tokens for each of REQUESTS prompts in one batch of the demo base, and its time
+that of the processor alone. What is compared is measured in one process, where vLLM's own functions are put back in the
+place of the plugin's and these in theirs again: where the system has put the weights of a process makes it a few
+hundredths faster or slower than its twin, which is more than what is looked for. There are COPIES processes all the
+same, which take turns and go through each round forth and back, so that what the machine does meanwhile falls on all
+alike. A ratio is the median of those of the measurements that belong together: of one round and process. All are in
+the file.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import date
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 from benchmarks.page import write_table
@@ -44,6 +45,8 @@ BATCHES: Mapping[str, Sequence[str | None]] = {
     "base_and_lora": (None, "dates-lora"),
 }
 WITHOUT_PLUGIN = ("base", "lora", "two_loras")
+ROUND = [("with", name) for name in BATCHES] + [("without", name) for name in WITHOUT_PLUGIN]
+ROUND.sort(key=lambda one: list(BATCHES).index(one[1]))
 RATIOS = (
     # What, of which engine and batch, over which, and the least that is wanted.
     ("dora over lora", ("with", "dora"), ("with", "lora"), 0.95),
@@ -54,12 +57,13 @@ RATIOS = (
 )
 
 
-def serve(plugin: bool) -> None:
-    """One engine, in a process of its own: reads the name of a batch a line, answers with tokens a CPU-second."""
+def serve() -> None:
+    """One engine, in a process of its own: reads `with` or `without` and a batch a line, answers with tokens a
+    CPU-second."""
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
-    names = sorted({name for batch in BATCHES.values() for name in batch if name and (plugin or "dora" not in name)})
+    names = sorted({name for batch in BATCHES.values() for name in batch if name})
     loras = {name: LoRARequest(name, number, str(ADAPTERS / name)) for number, name in enumerate(names, start=1)}
     llm: Any = LLM(
         str(BASE),
@@ -67,15 +71,21 @@ def serve(plugin: bool) -> None:
         max_model_len=256,
         max_num_seqs=REQUESTS,
         enable_lora=True,
-        max_loras=3,  # in both engines, whose buffers are then alike
+        max_loras=3,
         max_lora_rank=8,
         enable_prefix_caching=False,
     )
     params = SamplingParams(temperature=0, max_tokens=ROUND_TOKENS, ignore_eos=True)
     prompts = [{"prompt_token_ids": [number + 5, *range(100, 115)]} for number in range(REQUESTS)]
+    patched = list(patched_functions())
+    if len(patched) < 10:
+        raise SystemExit(f"the plugin is not there: {[name for _, name, _ in patched]}")
     print("ready", file=sys.stderr, flush=True)
     for line in sys.stdin:
-        batch = BATCHES[line.strip()]
+        kind, name = line.split()
+        for owner, attribute, function in patched:
+            setattr(owner, attribute, function if kind == "with" else function.__wrapped__)
+        batch = BATCHES[name]
         adapters = [batch[number % len(batch)] for number in range(REQUESTS)]
         requests = [loras[name] if name else None for name in adapters]
         began = time.process_time()
@@ -83,10 +93,32 @@ def serve(plugin: bool) -> None:
         print(REQUESTS * ROUND_TOKENS / (time.process_time() - began), file=sys.stderr, flush=True)
 
 
+def patched_functions() -> Iterator[tuple[Any, str, Any]]:
+    """Whose, its name and the plugin's function: all of vLLM's that a step may call in another form. Those that load
+    adapters stay as they are: they do not run here, and what they have read does not change."""
+    from dora_serve.vllm_plugin import patches
+
+    modules = [module for name, module in sys.modules.items() if name.startswith("vllm.")]
+    owners = {id(one): one for module in modules for one in (module, *filter(_is_class, vars(module).values()))}
+    for owner in owners.values():
+        for attribute, function in list(vars(owner).items()):
+            is_own = isinstance(function, FunctionType) and function.__code__.co_filename == patches.__file__
+            if is_own and attribute not in LOADING:
+                yield owner, attribute, function
+
+
+LOADING = ("activate_adapter", "_load_adapter", "__init__", "set_mapping")
+"""What makes and fills what the others look at."""
+
+
+def _is_class(value: Any) -> bool:
+    return isinstance(value, type)
+
+
 class Engine:
     """stderr carries the answers: vLLM talks on stdout."""
 
-    def __init__(self, plugin: bool, threads: int, dtype: str) -> None:
+    def __init__(self, threads: int, dtype: str) -> None:
         environment = {
             **os.environ,
             "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -97,10 +129,8 @@ class Engine:
             "VLLM_NO_USAGE_STATS": "1",
             "BENCHMARK_DTYPE": dtype,
         }
-        if not plugin:
-            environment["VLLM_PLUGINS"] = ""
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.vllm", "--engine", "with" if plugin else "without"],
+            [sys.executable, "-m", "benchmarks.vllm", "--engine"],
             cwd=ROOT,
             env=environment,
             stdin=subprocess.PIPE,
@@ -110,10 +140,10 @@ class Engine:
         )
         self._read(lambda line: line == "ready")
 
-    def run(self, batch: str) -> float:
-        """Tokens a CPU-second."""
+    def run(self, kind: str, batch: str) -> float:
+        """Tokens a CPU-second. kind: with the plugin or without."""
         assert self._process.stdin is not None
-        self._process.stdin.write(batch + "\n")
+        self._process.stdin.write(f"{kind} {batch}\n")
         self._process.stdin.flush()
         return float(self._read(_is_number))
 
@@ -141,24 +171,23 @@ def _is_number(line: str) -> bool:
 
 
 def measure(rounds: int, threads: int, dtype: str) -> dict[str, Any]:
-    engines: dict[str, list[Engine]] = {"with": [], "without": []}
-    for _ in range(COPIES):
-        for kind, copies in engines.items():
-            copies.append(Engine(kind == "with", threads, dtype))
-    plan = [("with", name) for name in BATCHES] + [("without", name) for name in WITHOUT_PLUGIN]
-    plan.sort(key=lambda one: list(BATCHES).index(one[1]))
-    runs = [(kind, batch, copy) for kind, batch in plan for copy in range(COPIES)]
-    for kind, batch, copy in runs:  # adapters are loaded, kernels chosen
-        engines[kind][copy].run(batch)
-    found: dict[tuple[str, str], list[float]] = {one: [] for one in plan}
+    engines = [Engine(threads, dtype) for _ in range(COPIES)]
+    runs = [(kind, batch, engine) for kind, batch in ROUND for engine in engines]
+    for kind, batch, engine in runs:  # adapters are loaded, kernels chosen
+        engine.run(kind, batch)
+    found: dict[tuple[str, str], list[float]] = {one: [] for one in ROUND}
     for number in range(rounds):
         # Forth and back, so that a machine that slows down slows neither of two alone.
-        for kind, batch, copy in runs if number % 2 == 0 else runs[::-1]:
-            found[kind, batch].append(engines[kind][copy].run(batch))
+        taken = {
+            (kind, batch, id(engine)): engine.run(kind, batch)
+            for kind, batch, engine in (runs if number % 2 == 0 else runs[::-1])
+        }
+        for kind, batch, engine in runs:
+            found[kind, batch].append(taken[kind, batch, id(engine)])
         so_far = (f"{what} {_ratio(found[over], found[under]):.3f}" for what, over, under, _ in RATIOS)
         print(f"round {number + 1} of {rounds}: {', '.join(so_far)}", file=sys.stderr, flush=True)
-    for running in (one for copies in engines.values() for one in copies):
-        running.close()
+    for engine in engines:
+        engine.close()
     ratios = {
         what: {"median": _ratio(found[over], found[under]), "least_wanted": least}
         for what, over, under, least in RATIOS
@@ -193,7 +222,7 @@ def _machine() -> str:
 def table(result: Mapping[str, Any]) -> str:
     lines = [
         f"SmolLM2-135M in {result['dtype']}, {result['requests']} requests of {result['tokens']} tokens in one batch, "
-        f"medians of {result['rounds']} rounds in {result['copies']} processes each, adapters of rank 4 on all "
+        f"medians of {result['rounds']} rounds in {result['copies']} processes, adapters of rank 4 on all "
         "linears; vLLM 0.32.0 for CPUs, "
         f"{result['threads']} thread"
         f"{'' if result['threads'] == 1 else 's'} of {result['machine']}, {result['date']}.",
@@ -214,11 +243,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
-    parser.add_argument("--engine", choices=("with", "without"), help=argparse.SUPPRESS)
+    parser.add_argument("--engine", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--print", action="store_true", help="write no file")
     options = parser.parse_args()
     if options.engine:
-        serve(options.engine == "with")
+        serve()
         return
     result = measure(options.rounds, options.threads, options.dtype)
     print(table(result))
