@@ -4,13 +4,12 @@
 
 BASE and ADAPTER are folders of a causal language model and a PEFT adapter on it, such as .cache/smollm2-135m and
 examples/adapters/dates-dora. The adapter is merged once, and the merged model exported by each route. All routes
-decode greedily on a cache from the same prompt, each in processes of its own that take turns, float32 activations: with
-one thread, in tokens a CPU-second, and with one for each core, in tokens a second; medians of rounds, the
-faster of PASSES processes. On an idle machine: a
-decoder waits for memory, which other work takes a share of. ONNX Runtime GenAI runs in the Python of its own
-environment. Each export is a process of its own, whose largest resident set is given above that of one that has only
-imported what it needs. The loss is the mean KL divergence from torch in float32, on the verification's built-in
-prompts.
+decode greedily on a cache after the same prompt, which is not timed, each in processes of its own that take turns,
+float32 activations: with one thread, in tokens a CPU-second, and with one for each core, in tokens a second; medians of
+rounds, the faster of PASSES processes. On an idle machine: a decoder waits for memory, which other work takes a share
+of. ONNX Runtime GenAI runs in the Python of its own environment. Each export is a process of its own, whose largest
+resident set is given above that of one that has only imported what it needs. The loss is the mean KL divergence from
+torch in float32, on the verification's built-in prompts.
 """
 
 from __future__ import annotations
@@ -148,7 +147,7 @@ def table(result: Mapping[str, Any]) -> str:
     eager = speeds["transformers"]
     lines = [
         f"Tokens a second, {result['cpu']}, torch {result['torch']}, {result['date'][:10]}; a prompt of "
-        f"{result['prompt_tokens']} tokens.",
+        f"{result['prompt_tokens']} tokens, which is not timed.",
         "",
         f"| route | {' | '.join(eager)} | size | KL from torch | same top-1 | export, cold cache | warm "
         "| most memory |",

@@ -6,9 +6,8 @@ A measurement is ROUND_TOKENS greedy tokens for each of REQUESTS prompts in one 
 that of the processor alone. What is compared is measured in one process, where vLLM's own functions are put back in the
 place of the plugin's and these in theirs again: where the system has put the weights of a process makes it a few
 hundredths faster or slower than its twin, which is more than what is looked for. There are COPIES processes all the
-same, which take turns and go through each round forth and back, so that what the machine does meanwhile falls on all
-alike. A ratio is the median of those of the measurements that belong together: of one round and process. All are in
-the file.
+same, which take turns and go through their measurements forth and back. A ratio is the median of those of the
+measurements that belong together: of one round and process. All are in the file.
 """
 
 from __future__ import annotations
@@ -172,18 +171,17 @@ def _is_number(line: str) -> bool:
 
 def measure(rounds: int, threads: int, dtype: str) -> dict[str, Any]:
     engines = [Engine(threads, dtype) for _ in range(COPIES)]
-    runs = [(kind, batch, engine) for kind, batch in ROUND for engine in engines]
-    for kind, batch, engine in runs:  # adapters are loaded, kernels chosen
-        engine.run(kind, batch)
+    for kind, batch in ROUND:  # adapters are loaded, kernels chosen
+        for engine in engines:
+            engine.run(kind, batch)
     found: dict[tuple[str, str], list[float]] = {one: [] for one in ROUND}
     for number in range(rounds):
-        # Forth and back, so that a machine that slows down slows neither of two alone.
-        taken = {
-            (kind, batch, id(engine)): engine.run(kind, batch)
-            for kind, batch, engine in (runs if number % 2 == 0 else runs[::-1])
-        }
-        for kind, batch, engine in runs:
-            found[kind, batch].append(taken[kind, batch, id(engine)])
+        for engine in engines:
+            engine.run(*ROUND[0])  # what the engine before has pushed out of the caches comes back
+            # Forth and back, so that a machine that slows down slows neither of two alone.
+            taken = {one: engine.run(*one) for one in (ROUND if number % 2 == 0 else ROUND[::-1])}
+            for one, speed in taken.items():
+                found[one].append(speed)
         so_far = (f"{what} {_ratio(found[over], found[under]):.3f}" for what, over, under, _ in RATIOS)
         print(f"round {number + 1} of {rounds}: {', '.join(so_far)}", file=sys.stderr, flush=True)
     for engine in engines:
