@@ -9,14 +9,16 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dora_serve.errors import CheckpointError
@@ -93,6 +95,31 @@ def open_safetensors(path: Path) -> SafetensorsFile:
     Raises CheckpointError for anything the format forbids: no header, a length beyond the file, bytes that are not
     JSON, offsets that overlap, leave holes, run past the end or disagree with the shape, an unknown dtype.
     """
+    table, metadata, data_start, size = _read_header(path)
+    entries = [_entry(path, name, facts, data_start) for name, facts in table.items()]
+    entries.sort(key=lambda entry: (entry.start, entry.stop))
+    position = data_start
+    for entry in entries:
+        if entry.start != position:
+            raise _corrupt(path, f"{entry.name!r} starts at byte {entry.start}", f"byte {position}")
+        position = entry.stop
+    if position != size:
+        kind = "truncated" if position > size else "too long"
+        raise _corrupt(path, f"the file is {kind}: {size} bytes", f"{position} bytes, as its header says")
+    return SafetensorsFile(path, {entry.name: entry for entry in entries}, metadata)
+
+
+def peek(path: Path) -> tuple[Collection[str], Mapping[str, str]]:
+    """The names of the tensors and the metadata, of which the entries are not checked: a third of the work.
+
+    Raises CheckpointError where there is no header.
+    """
+    table, metadata, _, _ = _read_header(path)
+    return table.keys(), metadata
+
+
+def _read_header(path: Path) -> tuple[dict[str, object], Mapping[str, str], int, int]:
+    """The entries by name, the metadata, where the data begins, and the size of the file."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -122,18 +149,7 @@ def open_safetensors(path: Path) -> SafetensorsFile:
     metadata = table.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict):
         raise _corrupt(path, "its metadata is not an object", "an object of strings")
-    entries = [_entry(path, name, facts, 8 + length) for name, facts in table.items()]
-    entries.sort(key=lambda entry: (entry.start, entry.stop))
-    position = 8 + length
-    for entry in entries:
-        if entry.start != position:
-            raise _corrupt(path, f"{entry.name!r} starts at byte {entry.start}", f"byte {position}")
-        position = entry.stop
-    if position != size:
-        kind = "truncated" if position > size else "too long"
-        raise _corrupt(path, f"the file is {kind}: {size} bytes", f"{position} bytes, as its header says")
-    strings = {str(key): str(value) for key, value in metadata.items()}
-    return SafetensorsFile(path, {entry.name: entry for entry in entries}, strings)
+    return table, {str(key): str(value) for key, value in metadata.items()}, 8 + length, size
 
 
 def _entry(path: Path, name: str, facts: object, data_start: int) -> TensorEntry:
@@ -239,8 +255,14 @@ class WholeFile:
         self._start = min((entry.start for entry in file.tensors.values()), default=0)
 
     @cached_property
-    def _bytes(self) -> bytearray:
-        return read_bytes(self._file.path, self._start, self._start + self._file.nbytes)
+    def _bytes(self) -> NDArray[np.uint8]:
+        buffer = np.empty(self._file.nbytes, dtype=np.uint8)  # a bytearray would be filled with zeros first
+        descriptor = open_file(self._file.path)
+        try:
+            fill(descriptor, memoryview(buffer), self._start, self._file.path)
+        finally:
+            os.close(descriptor)
+        return buffer
 
     def read(self, entry: TensorEntry) -> Tensor:
         """As `read_tensor`."""
@@ -248,7 +270,8 @@ class WholeFile:
             return torch.empty(entry.shape, dtype=entry.dtype)
         offset = entry.start - self._start
         if offset % entry.dtype.itemsize:
-            return torch.frombuffer(self._bytes[offset : offset + entry.nbytes], dtype=entry.dtype).view(entry.shape)
+            own = self._bytes[offset : offset + entry.nbytes].copy()
+            return torch.frombuffer(own, dtype=entry.dtype).view(entry.shape)
         count = prod(entry.shape)
         return torch.frombuffer(self._bytes, dtype=entry.dtype, count=count, offset=offset).view(entry.shape)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dora_serve.adapter import LazyTensor
 from dora_serve.errors import AdapterError, CheckpointError
-from dora_serve.safetensors_file import WholeFile, open_safetensors, read_tensor
+from dora_serve.safetensors_file import WholeFile, open_safetensors, peek, read_tensor
 
 CONFIG_NAME = "adapter_config.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
@@ -49,19 +49,18 @@ def find_weights(path: Path, *names: str, single: bool = False) -> Path | None:
 
 
 def tensor_names(file: Path | None) -> Collection[str]:
-    """The names in a safetensors file; none for a pickle, or where there is no sound file."""
+    """The names in a safetensors file; none for a pickle, or where there is no header."""
     return header(file)[0]
 
 
 def header(file: Path | None) -> tuple[Collection[str], Mapping[str, str]]:
-    """The names and the metadata of a safetensors file; nothing for a pickle, or where there is no sound file."""
+    """The names and the metadata of a safetensors file; nothing for a pickle, or where there is no header."""
     if file is None or file.suffix != ".safetensors" or not file.is_file():
         return (), {}
     try:
-        opened = open_safetensors(file)
+        return peek(file)
     except CheckpointError:
         return (), {}
-    return opened.tensors.keys(), opened.metadata
 
 
 def peek_config(path: Path, name: str = CONFIG_NAME) -> Mapping[str, object]:
