@@ -44,8 +44,12 @@ BATCHES: Mapping[str, Sequence[str | None]] = {
     "base_and_lora": (None, "dates-lora"),
 }
 WITHOUT_PLUGIN = ("base", "lora", "two_loras")
-ROUND = [("with", name) for name in BATCHES] + [("without", name) for name in WITHOUT_PLUGIN]
-ROUND.sort(key=lambda one: list(BATCHES).index(one[1]))
+ROUND = [
+    (kind, batch)
+    for batch in BATCHES
+    # So that what slows down or speeds up meanwhile falls on both alike.
+    for kind in (("with", "without", "without", "with") if batch in WITHOUT_PLUGIN else ("with",))
+]
 RATIOS = (
     # What, of which engine and batch, over which, and the least that is wanted.
     ("dora over lora", ("with", "dora"), ("with", "lora"), 0.95),
@@ -171,17 +175,18 @@ def _is_number(line: str) -> bool:
 
 def measure(rounds: int, threads: int, dtype: str) -> dict[str, Any]:
     engines = [Engine(threads, dtype) for _ in range(COPIES)]
-    for kind, batch in ROUND:  # adapters are loaded, kernels chosen
+    for kind, batch in dict.fromkeys(ROUND):  # adapters are loaded, kernels chosen
         for engine in engines:
             engine.run(kind, batch)
     found: dict[tuple[str, str], list[float]] = {one: [] for one in ROUND}
     for number in range(rounds):
         for engine in engines:
             engine.run(*ROUND[0])  # what the engine before has pushed out of the caches comes back
-            # Forth and back, so that a machine that slows down slows neither of two alone.
-            taken = {one: engine.run(*one) for one in (ROUND if number % 2 == 0 else ROUND[::-1])}
-            for one, speed in taken.items():
-                found[one].append(speed)
+            taken: dict[tuple[str, str], list[float]] = {one: [] for one in found}
+            for one in ROUND if number % 2 == 0 else ROUND[::-1]:
+                taken[one].append(engine.run(*one))
+            for one, speeds in taken.items():
+                found[one].append(statistics.harmonic_mean(speeds))
         so_far = (f"{what} {_ratio(found[over], found[under]):.3f}" for what, over, under, _ in RATIOS)
         print(f"round {number + 1} of {rounds}: {', '.join(so_far)}", file=sys.stderr, flush=True)
     for engine in engines:

@@ -259,7 +259,7 @@ class WholeFile:
         buffer = np.empty(self._file.nbytes, dtype=np.uint8)  # a bytearray would be filled with zeros first
         descriptor = open_file(self._file.path)
         try:
-            fill(descriptor, memoryview(buffer), self._start, self._file.path)
+            fill(descriptor, buffer.data, self._start, self._file.path)
         finally:
             os.close(descriptor)
         return buffer
