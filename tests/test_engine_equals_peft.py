@@ -189,6 +189,24 @@ def test_sixteen_adapters_in_one_batch(tmp_path: Path) -> None:
             assert answer.token_ids == wanted[answer.adapter], (answer.adapter, rows)
 
 
+def test_a_longrope_ends_where_its_frequencies_change(tmp_path: Path) -> None:
+    """There transformers turns all positions of a batch, and begins a text's cache anew."""
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    sizes = {**LONG, "original_max_position_embeddings": 16}
+    sizes["rope_parameters"] = {**rope, "original_max_position_embeddings": 16}
+    like, base = _base(Family("phi3_longrope", "phi3", sizes, ()), tmp_path)
+    engine = Engine(load(base, like))
+    assert engine.context == 16
+    long = Request(PROMPTS[1], max_tokens=None, ignore_eos=True)
+    short = Request(PROMPTS[0], max_tokens=COUNT, ignore_eos=True)
+    asked = [long, Request(PROMPTS[5]), short]
+    first, refused, second = engine.complete(asked)
+    assert "has 39 tokens, and the context has room for 16" in str(refused.error)
+    for request, answer in ((long, first), (short, second)):
+        assert len(answer.token_ids) == 16 - len(request.prompt or ())
+        assert answer.token_ids == greedy(load(base, like), request.prompt or (), len(answer.token_ids)).tokens
+
+
 def _base(family: Family, root: Path) -> tuple[nn.Module, Path]:
     model = build("AutoModelForCausalLM", family.model_type, **family.sizes)
     base = save(model, root / "base")

@@ -96,18 +96,38 @@ class PromptTokens:
 
 
 def context_of(config: Any) -> int | None:
-    """How many tokens a text can have, None where a configuration (an object or a mapping) does not say."""
-    for key in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
-        value = config.get(key) if isinstance(config, Mapping) else getattr(config, key, None)
-        if isinstance(value, int) and value > 0:
-            return value
-    return None
+    """How many tokens a text can have, None where a configuration (an object or a mapping) does not say.
+
+    Of a longrope (Phi-3's, arXiv 2402.13753) no more than its original context: one longer text would turn the
+    positions of all rows of its batch, and no longer fit the keys that are in its own cache.
+    """
+    known = [_positive(_get(config, key)) for key in _CONTEXT_KEYS]
+    context = next((value for value in known if value is not None), None)
+    given = _get(config, "rope_parameters") or _get(config, "rope_scaling") or {}
+    for rope in (given, *given.values()) if isinstance(given, Mapping) else ():  # one for all layers, or by their type
+        if isinstance(rope, Mapping) and "long_factor" in rope:
+            original = _positive(rope.get(_ORIGINAL)) or _positive(_get(config, _ORIGINAL))
+            if original is not None:
+                context = min(original, context or original)
+    return context
+
+
+_CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+_ORIGINAL = "original_max_position_embeddings"
+
+
+def _get(config: Any, key: str) -> Any:
+    return config.get(key) if isinstance(config, Mapping) else getattr(config, key, None)
+
+
+def _positive(value: Any) -> int | None:
+    return value if isinstance(value, int) and value > 0 else None
 
 
 def end_tokens(owners: Sequence[Any]) -> frozenset[int]:
     """The ids that end a text: those of the first of the owners (objects or mappings) that names any."""
     for owner in owners:
-        value = owner.get("eos_token_id") if isinstance(owner, Mapping) else getattr(owner, "eos_token_id", None)
+        value = _get(owner, "eos_token_id")
         found = value if isinstance(value, (list, tuple)) else [] if value is None else [value]
         if found:
             return frozenset(found)
