@@ -332,6 +332,7 @@ def test_two_generations_take_turns(engine: Engine, root: Path) -> None:
 
 BAD: Mapping[str, tuple[dict[str, Any], str]] = {
     "unknown adapter": ({"adapter": "nobody"}, "no adapter 'nobody'"),
+    "no name": ({"adapter": ["one"]}, "adapter is ['one'], wanted a name"),
     "empty prompt": ({"prompt": ""}, "prompt is empty"),
     "no tokens": ({"prompt": []}, "no tokens"),
     "no prompt": ({"prompt": None}, "prompt or messages"),

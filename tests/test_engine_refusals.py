@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from dora_serve.engine import Engine, Limits, Request
 from dora_serve.errors import CheckpointError, EngineError, UnavailableError
 from tests.cases import SIZES, adapt, build, llama, load, rewrite_json, rewrite_tensors, save
+from tests.step_recorder import record
 
 GPT_NEO: dict[str, Any] = {
     "hidden_size": 16,
@@ -122,6 +123,56 @@ def test_a_row_that_was_no_numbers_leaves_none_to_the_next(tmp_path: Path) -> No
         answers = engine.complete(requests, max_rows=rows)
         assert [answer.finish_reason for answer in answers if answer.adapter] == ["error"]
         assert all(answer.token_ids == wanted.token_ids for answer in answers if not answer.adapter)
+
+
+LONG = [1, 2] * 10
+
+
+@pytest.fixture
+def overflowing(tmp_path: Path) -> tuple[Path, Any]:
+    """A base, and beside it an adapter that is sound until its own first token after LONG comes in: then every number
+    of that row is NaN, and keys and values with it."""
+    base = save(llama(), tmp_path / "base")
+    like = load(base, llama())
+    adapt(like, tmp_path / "late", target_modules=["embed_tokens"], lora_alpha=64)
+    engine = Engine(load(base, like))
+    engine.pool.load("late", tmp_path / "late")
+    (answer,) = engine.complete([Request(LONG, adapter="late", max_tokens=1, ignore_eos=True)])
+    first = answer.token_ids[0]
+    assert first not in LONG
+    rewrite_tensors(
+        tmp_path / "late" / "adapter_model.safetensors",
+        lambda tensors: [tensor[:, first].fill_(3e38) for name, tensor in tensors.items() if name.endswith("_A")],
+    )
+    return base, like
+
+
+def test_a_row_that_overflows_as_another_ends_leaves_nothing_where_it_was(overflowing: tuple[Path, Any]) -> None:
+    """It takes the place of the one that ends, in the very step that makes it NaN; its own place is given to the last
+    request."""
+    base, like = overflowing
+    engine = Engine(load(base, like), max_rows=3)
+    engine.pool.load("late", base.parent / "late")
+    short = Request([1, 3], max_tokens=4, ignore_eos=True)
+    (wanted,) = engine.complete([short])
+    ends = Request([1, 2], max_tokens=2, ignore_eos=True)
+    stays = Request([1, 2], max_tokens=20, ignore_eos=True)
+    answers = engine.complete([ends, stays, Request(LONG, adapter="late"), short, short])
+    assert [len(answer.token_ids) for answer in answers] == [2, 20, 1, 4, 4]
+    assert "NaN" in str(answers[2].error)
+    assert answers[3].token_ids == answers[4].token_ids == wanted.token_ids
+
+
+def test_a_cache_that_is_used_again_holds_nothing_of_a_loop_that_was_left(overflowing: tuple[Path, Any]) -> None:
+    """It is left between the step that made a row NaN and the event that would say so."""
+    base, like = overflowing
+    engine = Engine(load(base, like), record_steps=record)
+    engine.pool.load("late", base.parent / "late")
+    short = Request([1, 3], max_tokens=4, ignore_eos=True)
+    (wanted,) = engine.complete([short])
+    with engine.generate([short, Request(LONG, adapter="late")]) as generation:
+        assert [next(generation).index for _ in range(3)] == [0, 1, 0]
+    assert [answer.token_ids for answer in engine.complete([short, short])] == [wanted.token_ids] * 2
 
 
 def test_a_loop_that_is_left_lets_go_at_once(tmp_path: Path) -> None:

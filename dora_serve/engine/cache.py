@@ -73,7 +73,8 @@ class RowCache:
         layers: Any = self.layers.layers
         with torch.inference_mode():
             for layer in layers:
-                layer.keys[row], layer.values[row] = 0, 0
+                if layer.keys is not None and layer.values is not None:
+                    layer.keys[row], layer.values[row] = 0, 0
 
     def padding_mask(self, device: torch.device) -> Tensor:
         """(count, seen): 1 where a row of a step has a token, the new one included."""

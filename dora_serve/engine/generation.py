@@ -155,7 +155,7 @@ class _Decoding:
         self._prompts: dict[int, list[int]] = {}
         self._rows: list[_Row] = []
         self._max_rows = max_rows
-        self._cache: Cache = engine.new_cache(max_rows)
+        self._cache: Cache
         self._batch: Any = None
         self._cancelled: set[int] = set()
         self._queued = time.perf_counter()
@@ -171,6 +171,8 @@ class _Decoding:
             self._cancelled |= indices
 
     def run(self) -> Generator[Event]:
+        self._cache = self._engine.new_cache(self._max_rows)
+        to_the_end = False
         try:
             while self._waiting or self._rows:
                 yield from self._drop_cancelled()
@@ -178,11 +180,15 @@ class _Decoding:
                 yield from self._drop_cancelled()
                 if self._rows:
                     yield from self._step()
+            to_the_end = True
         finally:
-            for row in self._rows:
-                row.release()
-            self._rows.clear()
+            while self._rows:
+                self._rows.pop().release()
+            self._batch = None
+            if not to_the_end:  # what the last forward left in the cache was perhaps not looked at
+                self._clear_free()
             self._engine.release_cache(self._cache)
+            del self._cache
 
     def _drop_cancelled(self) -> Iterator[Event]:
         with self._lock:
@@ -201,10 +207,11 @@ class _Decoding:
         without_room: set[str | None] = set()
         while self._waiting and len(self._rows) < self._max_rows:
             index, request = self._waiting.popleft()
-            if request.adapter in without_room:
-                kept.append((index, request))
-                continue
             try:
+                request.require_sound()
+                if request.adapter in without_room:
+                    kept.append((index, request))
+                    continue
                 row = self._new_row(index, request)
                 logits = self._fill(row)
             except DoraServeError as error:
@@ -320,6 +327,8 @@ class _Decoding:
             self._rows[place] = self._rows[last]
         self._rows.pop()
         self._batch = None
+        if reason == "error":  # in this step it may have been moved, which leaves a copy behind
+            self._clear_free()
         row.release()
         now = time.perf_counter()
         timings = Timings(
@@ -330,6 +339,10 @@ class _Decoding:
             tokens=row.made,
         )
         return Event(row.index, row.text.close(), finish_reason=reason, timings=timings, error=error)
+
+    def _clear_free(self) -> None:
+        for place in range(len(self._rows), self._max_rows):
+            self._cache.clear(place)
 
     def _no_time(self) -> Timings:
         return Timings(time.perf_counter() - self._queued, 0.0, 0.0, 0, 0)
