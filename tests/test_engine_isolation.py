@@ -8,7 +8,7 @@ import gc
 import random
 import threading
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +22,7 @@ from dora_serve.engine.factors import PreparedAdapter
 from dora_serve.errors import EngineError
 from tests.cases import LINEARS, SIZES, adapt, llama, load, rewrite_tensors, save
 from tests.engine_oracle import Prompt, greedy, peft_model
+from tests.step_recorder import record
 
 NAMES = tuple(f"adapter {number}" for number in range(12))
 FLEETING = NAMES[9:]
@@ -40,10 +41,10 @@ class World:
     versions: Mapping[str, tuple[Path, Path]]
     signatures: Mapping[tuple[Path | None, Prompt], tuple[int, ...]]
 
-    def engine(self) -> Engine:
+    def engine(self, **options: Any) -> Engine:
         """Six adapters fit on the device, three more in the host's memory."""
         limits = {"device_limits": Limits(count=6), "host_limits": Limits(count=3)}
-        engine = Engine(load(self.base, self.like), max_rows=4, **limits)
+        engine = Engine(load(self.base, self.like), max_rows=4, **limits, **options)
         for name in NAMES:
             engine.pool.load(name, self.versions[name][0])
         return engine
@@ -163,7 +164,7 @@ def watch(engine: Engine, tally: Tally, stop: threading.Event) -> None:
             tally.add(f"seen on {tier}")
 
 
-def run(world: World, engine: Engine, seed: int, tally: Tally) -> None:
+def run(world: World, engine: Engine, seed: int, tally: Tally, batches: Sequence[int] = (13, 13, 12, 12)) -> None:
     """500 requests from four threads, with three others about them."""
     stop = threading.Event()
     with ThreadPoolExecutor(7) as threads:
@@ -172,10 +173,7 @@ def run(world: World, engine: Engine, seed: int, tally: Tally) -> None:
             threads.submit(come_and_go, world, engine, tally, stop),
             threads.submit(watch, engine, tally, stop),
         ]
-        asking = [
-            threads.submit(ask, world, engine, seed + place, batches, tally)
-            for place, batches in enumerate((13, 13, 12, 12))
-        ]
+        asking = [threads.submit(ask, world, engine, seed + place, count, tally) for place, count in enumerate(batches)]
         try:
             for future in asking:
                 future.result(timeout=240)
@@ -211,6 +209,22 @@ def test_every_answer_is_that_of_its_adapter(world: World) -> None:
     assert alive[PreparedAdapter] - len(others) <= 9, "device and host hold so many"
     assert alive[Generation] == 0
     assert grown < (second.counts["replaced"] + second.counts["unloaded"]) * size / 2
+
+
+def test_recorded_steps_answer_as_their_adapters_do(world: World) -> None:
+    """Rows whose adapters are others at every step of somebody's, each generation with a cache of its own."""
+    gc.collect()
+    others = [thing for thing in gc.get_objects() if type(thing) is PreparedAdapter]
+    engine, tally = world.engine(record_steps=record), Tally()
+    run(world, engine, 300, tally, (5, 4, 4, 3))
+    assert tally.counts["answered"] + tally.counts["missing"] == 160
+    assert tally.counts["answered"] > 120
+    assert tally.counts["replaced"] > 20
+    assert engine.why_not_recorded is None
+    assert engine.replayed_steps > 50
+    gc.collect()
+    alive = [thing for thing in gc.get_objects() if type(thing) is PreparedAdapter]
+    assert len(alive) - len(others) <= 9, "device and host hold so many"
 
 
 def test_after_all_that_it_still_answers_as_peft_does(world: World) -> None:

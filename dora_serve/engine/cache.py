@@ -6,6 +6,7 @@ memory is reserved in steps of STEP places; a forward sees as many of these as t
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -37,7 +38,8 @@ class RowCache:
         """(count,): where the new tokens of a step go, which is also their position; and the rows that they go to."""
         self.moves = 0
         """How often more memory was reserved, elsewhere."""
-        self.layers = Cache(layer_class_to_replicate=partial(_Layer, self))  # type: ignore[arg-type]
+        # By a weak reference: a circle would keep all this memory until Python looks for circles.
+        self.layers = Cache(layer_class_to_replicate=partial(_Layer, weakref.proxy(self)))  # type: ignore[arg-type]
 
     def begin_fill(self, row: int, most: int = 0) -> None:
         """The next forward has one row, which becomes row `row`; how long it will be does not matter here."""

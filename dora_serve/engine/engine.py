@@ -99,7 +99,7 @@ class Engine:
                 scale_cache, cache(partial(identity, stamps(files), fingerprint, self._layers, self.device))
             )
         self._graphs = self._step_graphs(record_steps)
-        self._spare: dict[int, FixedCache] = {}
+        self._spare: FixedCache | None = None
         self.base = Base(label, names, self._layers, self._squared_norm, fingerprint, kept)
         self.probe = Probe(self._layers, self._find_reached).changes
         self.pool = AdapterPool(
@@ -170,9 +170,12 @@ class Engine:
     def new_cache(self, rows: int) -> RowCache:
         if self._graphs is None or self._graphs.why_not is not None:
             return RowCache(rows)
-        rows = power_of_two(rows)
         with self._lock:
-            return self._spare.pop(rows, None) or FixedCache(rows, self.device)
+            spare = self._spare
+            if spare is not None and spare.rows >= rows:
+                self._spare = None
+                return spare
+        return FixedCache(power_of_two(rows), self.device)
 
     @property
     def replayed_steps(self) -> int:
@@ -180,10 +183,14 @@ class Engine:
         return 0 if self._graphs is None else self._graphs.replayed
 
     def release_cache(self, cache: RowCache) -> None:
-        """Keep the last one with its recordings, which hold for its own memory alone."""
-        if isinstance(cache, FixedCache) and self._graphs is not None and self._graphs.why_not is None:
-            with self._lock:
-                self._spare = {cache.rows: cache}
+        """Keep the largest with its recordings, which hold for its own memory alone; none for more than max_rows."""
+        if not isinstance(cache, FixedCache) or self._graphs is None:
+            return
+        with self._lock:
+            if self._graphs.why_not is not None:
+                self._spare = None
+            elif cache.rows <= power_of_two(self.max_rows) and (self._spare is None or self._spare.rows < cache.rows):
+                self._spare = cache
 
     @property
     def why_not_recorded(self) -> str | None:
@@ -197,9 +204,9 @@ class Engine:
         (rows, vocabulary)."""
         if self._graphs is None or not isinstance(cache, FixedCache) or cache.filling is not None:
             return self._forward(batch, tokens, cache, last=last)
-        rows = (None,) * len(tokens) if batch is None else batch.rows
+        batch = batch or self.batch((None,) * len(tokens))
         with self._lock:
-            return self._graphs.forward(rows, tokens, cache, lambda: self._forward(batch, tokens, cache))
+            return self._graphs.forward(batch, tokens, cache, lambda: self._forward(batch, tokens, cache))
 
     def _forward(
         self, batch: Layers | None, tokens: Tensor, cache: RowCache | None, *, last: bool = False, whole: bool = False

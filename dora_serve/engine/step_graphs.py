@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -19,7 +20,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from dora_serve.engine.adapted_linear import Layers, Packed
+from dora_serve.engine.adapted_linear import Batch, Layers, Packed
 from dora_serve.engine.cache import STEP, RowCache
 from dora_serve.engine.factors import Factors, PreparedAdapter
 
@@ -28,6 +29,10 @@ _log = logging.getLogger(__name__)
 _MOST, _MOST_BATCHES = 32, 4
 """Recordings of one cache, each of which keeps the memory of a step's intermediate results; and the batches that they
 belong to, of adapters on other layers or of larger ranks, each as large as an adapter for every row."""
+
+
+_RECORDING = threading.Lock()
+"""CUDA allows one recording at a time in a process, and two engines may run in it."""
 
 
 class Recorder(Protocol):
@@ -39,21 +44,24 @@ class Recorder(Protocol):
 def cuda_recorder(device: torch.device) -> Recorder:
     """Recordings as CUDA graphs, which share one pool of memory: only one of them runs at a time."""
     pool: Any = None
+    beside: Any = None
 
     def record(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        nonlocal pool
-        with torch.cuda.device(device):
-            pool = pool or torch.cuda.graph_pool_handle()
-            # Outside of the graph first: libraries choose their kernels and make their workspaces.
-            beside = torch.cuda.Stream()
-            beside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(beside):
-                step()
-            torch.cuda.current_stream().wait_stream(beside)
-            graph = torch.cuda.CUDAGraph()
-            # Other threads load adapters meanwhile, which allocates memory.
-            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-                answer = step()
+        nonlocal pool, beside
+        with _RECORDING, torch.cuda.device(device):
+            pool, beside = pool or torch.cuda.graph_pool_handle(), beside or torch.cuda.Stream()
+            before, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
+            beside.wait_stream(before)
+            try:
+                # A stream of this device, and left for sure: torch.cuda.graph has one for all devices, and stays in it
+                # where a recording breaks off.
+                with torch.cuda.stream(beside):
+                    step()  # outside of the graph first: libraries choose their kernels and make their workspaces
+                    # Other threads load adapters meanwhile, which allocates memory.
+                    with torch.cuda.graph(graph, pool=pool, stream=beside, capture_error_mode="thread_local"):
+                        answer = step()
+            finally:
+                before.wait_stream(beside)
 
         def replay() -> Tensor:
             graph.replay()
@@ -69,9 +77,10 @@ class FixedCache(RowCache):
 
     def __init__(self, rows: int, device: torch.device) -> None:
         super().__init__(rows)
-        self.tokens = torch.zeros((rows, 1), dtype=torch.long, device=device)
-        self._all_places = torch.zeros(rows, dtype=torch.long, device=device)
-        self._all_rows = torch.arange(rows, device=device)
+        with torch.inference_mode():  # as they are written to, whatever mode the caller is in then
+            self.tokens = torch.zeros((rows, 1), dtype=torch.long, device=device)
+            self._all_places = torch.zeros(rows, dtype=torch.long, device=device)
+            self._all_rows = torch.arange(rows, device=device)
 
     def fix(self, tokens: Tensor) -> None:
         """Make the step that was begun one of as many rows and places as a recorded one has.
@@ -108,7 +117,7 @@ class FixedBatch:
     """Each row's own factors, on the layers that any of them has, in tensors that stay where they are."""
 
     def __init__(self, rows: int, kind: _Kind, like: Mapping[str, Factors]) -> None:
-        self._held: list[weakref.ref[PreparedAdapter] | None] = [None] * rows
+        self._held: list[Callable[[], PreparedAdapter | None]] = [_no_adapter] * rows
         self._packed: dict[str, Packed] = {}
         for name, has_scale, has_bias in kind.layers:
             lora_a, lora_b = like[name].lora_A, like[name].lora_B
@@ -125,11 +134,12 @@ class FixedBatch:
         """The first rows have these adapters. What a row has already is left alone."""
         for row, adapter in enumerate(rows):
             held = self._held[row]
-            if adapter is (None if held is None else held()) and (held is None) == (adapter is None):
+            if held is _no_adapter if adapter is None else held() is adapter:
                 continue
+            self._held[row] = _half_written  # should Ctrl-C come now
             for name, packed in self._packed.items():
                 _put_row(packed, row, None if adapter is None else adapter.modules.get(name))
-            self._held[row] = None if adapter is None else weakref.ref(adapter)
+            self._held[row] = _no_adapter if adapter is None else weakref.ref(adapter)
 
     def first(self, rows: int) -> Layers | None:
         """Those of the first rows, None where there is nothing to add."""
@@ -153,6 +163,14 @@ class _FirstRows:
             norm_scale=None if scale is None else scale[: self.rows],
             bias=None if bias is None else bias[: self.rows],
         )
+
+
+def _no_adapter() -> None:
+    """What a row holds that is the base's."""
+
+
+def _half_written() -> None:
+    """What a row holds that is neither an adapter nor the base."""
 
 
 def _put_row(packed: Packed, row: int, factors: Factors | None) -> None:
@@ -210,23 +228,18 @@ class StepGraphs:
         self._record, self._run = record, run
         self._embeddings, self._close_enough = frozenset(embeddings), close_enough
         self._known: weakref.WeakKeyDictionary[FixedCache, _Known] = weakref.WeakKeyDictionary()
-        self._last: tuple[Sequence[PreparedAdapter | None], _Kind] = ((), _kind_of(()))
+        self._kinds: weakref.WeakKeyDictionary[Batch, _Kind] = weakref.WeakKeyDictionary()
         self.why_not: str | None = None
         self.replayed = 0
 
-    def forward(
-        self,
-        rows: Sequence[PreparedAdapter | None],
-        tokens: Tensor,
-        cache: FixedCache,
-        plain: Callable[[], Tensor],
-    ) -> Tensor:
+    @torch.inference_mode()
+    def forward(self, batch: Batch, tokens: Tensor, cache: FixedCache, plain: Callable[[], Tensor]) -> Tensor:
         """The logits (count, vocabulary) of a step. plain: the model's own answer."""
         if self.why_not is not None:
             return plain()
-        if self._last[0] is not rows:  # it is the same object until the rows change
-            self._last = (rows, _kind_of(rows))
-        kind = self._last[1]
+        rows, kind = batch.rows, self._kinds.get(batch)
+        if kind is None:  # a batch is the same object until the rows change
+            self._kinds[batch] = kind = _kind_of(rows)
         if any(name in self._embeddings for name, *_ in kind.layers):
             return plain()
         known = self._known.get(cache)
@@ -243,7 +256,12 @@ class StepGraphs:
             return replay()[: len(rows)].clone()
         answer = plain()
         if shape in known.seen:
-            self._take(known, shape, rows, tokens, cache, answer)
+            self.why_not = self._take(known, shape, rows, tokens, cache, answer)
+            if self.why_not is not None:
+                _log.warning("Decoding goes on without recorded steps: %s.", self.why_not)
+                self._known.clear()
+                cache.begin_step(len(rows), tokens.device)  # what was recorded may have left other keys and values
+                answer = plain()
         elif known.moves == cache.moves:
             known.seen.add(shape)
         return answer
@@ -256,8 +274,9 @@ class StepGraphs:
         tokens: Tensor,
         cache: FixedCache,
         answer: Tensor,
-    ) -> None:
-        """Record a step that was just done, which does the same once more, and compare."""
+    ) -> str | None:
+        """Record a step that was just done, which does the same once more, and compare. What is wrong, None if all is
+        well."""
         kind, count, _ = shape
         try:
             batch = known.batches.get(kind) or _new_batch(cache.rows, kind, rows)
@@ -266,21 +285,14 @@ class StepGraphs:
             replay = self._record(lambda: self._run(batch.first(count), cache.tokens[:count], cache))
             distance = _distance(replay()[: len(rows)], answer)
         except Exception as error:  # whatever a model does that cannot be recorded
-            self._give_up(f"a step cannot be recorded: {type(error).__name__}: {error}")
-            return
-        if cache.moves != known.moves:  # more places than the cache had: it has them the next time
-            return
+            return f"a step cannot be recorded: {type(error).__name__}: {error}"
         if not distance <= self._close_enough:
-            self._give_up(f"a recorded step gives other logits than the model, by {distance:.2g} of their spread")
-            return
-        known.batches[kind], known.replays[shape] = batch, replay
-        known.batches.move_to_end(kind)
-        known.trim()
-
-    def _give_up(self, why: str) -> None:
-        self.why_not = why
-        self._known.clear()
-        _log.warning("Decoding goes on without recorded steps: %s.", why)
+            return f"a recorded step gives other logits than the model, by {distance:.2g} of their spread"
+        if cache.moves == known.moves:  # else it has more places now: it is recorded the next time
+            known.batches[kind], known.replays[shape] = batch, replay
+            known.batches.move_to_end(kind)
+            known.trim()
+        return None
 
 
 def _kind_of(rows: Sequence[PreparedAdapter | None]) -> _Kind:
