@@ -55,6 +55,21 @@ def test_a_folder_agrees_with_torch_and_generates_the_same(model: Path, tmp_path
     assert report.tolerance is not None
 
 
+def test_a_prompt_may_end_with_the_token_that_pads(tmp_path: Path) -> None:
+    """The runtime itself takes it off. The last prompt goes on with an end token."""
+    sizes = {**GROUPED, "vocab_size": 259, "hidden_size": 64, "eos_token_id": [2, 5], "pad_token_id": 2}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, tie_word_embeddings=True))
+    save(model, tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    made = export(tmp_path / "model", tmp_path / "out")
+    said = json.loads((made.folder / "genai_config.json").read_text())["model"]
+    assert (said["eos_token_id"], said["pad_token_id"]) == ([2, 5], 2)
+    for prompt in ([7, 9, 2], [9, 2, 2], [7, 9, 5]):
+        report = check_onnx(made.folder, tmp_path / "model", token_inputs([prompt]))
+        assert report.failures == (), prompt
+        assert report.greedy_equal == 1
+
+
 def test_a_wrong_element_is_found_row_by_row(model: Path, tmp_path: Path) -> None:
     """Of one token, in the table that embedding and head share, here (hidden, vocabulary)."""
     made = export(model, tmp_path / "out")

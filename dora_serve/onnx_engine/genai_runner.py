@@ -57,9 +57,6 @@ class Generators:
     def move(self, source: int, target: int) -> None:
         self.rows[target] = self.rows[source]
 
-    def clear(self, row: int) -> None:
-        """Nothing: what a generator holds is its own."""
-
 
 @dataclass(frozen=True, eq=False)
 class _Loaded:
@@ -90,7 +87,8 @@ class GenaiRunner:
             session: dict[str, Any] = {"log_severity_level": 4, "session.intra_op.allow_spinning": "0"}
             if threads is not None:
                 session["intra_op_num_threads"] = threads
-            config.overlay(json.dumps({"model": {"decoder": {"session_options": session}}}))
+            # No token pads: the runtime takes trailing padding off a prompt, and an end token often is what pads.
+            config.overlay(json.dumps({"model": {"pad_token_id": -1, "decoder": {"session_options": session}}}))
             self._model = og.Model(config)
         except UnavailableError:
             raise

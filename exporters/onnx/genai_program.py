@@ -42,7 +42,10 @@ def generate(folder: str, prompts: list[list[int]], count: int, adapter: str | N
     import numpy as np
     import onnxruntime_genai as og
 
-    model = og.Model(folder)
+    config = og.Config(folder)
+    # The runtime takes trailing padding off a prompt, and the token that pads often is one that ends a text.
+    config.overlay('{"model": {"pad_token_id": -1}}')
+    model = og.Model(config)
     adapters = og.Adapters(model)
     if adapter is not None:
         adapters.load(adapter, "adapter")

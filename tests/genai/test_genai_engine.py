@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -62,6 +63,21 @@ def generated(root: Path) -> Generated:
 
 def test_requests_of_all_adapters_are_generate_of_each(engine: OnnxEngine, generated: Generated) -> None:
     onnx_engines.a_batch_of_all_adapters_is_generate_of_each(engine, generated)
+
+
+def test_a_prompt_may_end_with_the_token_that_pads(root: Path, generated: Generated, tmp_path: Path) -> None:
+    """The runtime itself takes it off."""
+    prompts = [[7, 9, 0], [8, 258, 258]]
+    expected = [generated(None, prompt, 6) for prompt in prompts]
+    folder = tmp_path / "exported"
+    shutil.copytree(root / "exported", folder)
+    config = json.loads((folder / "genai_config.json").read_text())
+    for pad in (0, 258):
+        config["model"]["pad_token_id"] = pad
+        (folder / "genai_config.json").write_text(json.dumps(config))
+        runner = OnnxEngine.load(folder, threads=1)
+        asked = [Request(prompt, max_tokens=6, ignore_eos=True) for prompt in prompts]
+        assert [list(done.token_ids) for done in runner.complete(asked)] == expected
 
 
 def test_the_same_seed_gives_the_same_text_whatever_runs_beside_it(engine: OnnxEngine) -> None:
