@@ -298,6 +298,8 @@ def _fill_slot(original: Callable[..., Any]) -> Callable[..., Any]:
                         module.slot_scales.slots.add(slot)
         for batch in batches:
             (batch.slots.discard if scales is None else batch.slots.add)(slot)
+        # vLLM looks at a batch again where its adapters or their slots are others; one replaced in place is neither.
+        self._last_mapping = None
         return True
 
     return activate_adapter

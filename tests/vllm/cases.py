@@ -36,20 +36,33 @@ class Ask:
     tokens: int = 16
 
 
+@dataclass(frozen=True)
+class Swap:
+    """Put another adapter in the place of one, under its name."""
+
+    adapter: str
+    path: Path
+
+
 def serve(
     model: Path,
     adapters: Mapping[str, Path],
-    batches: Sequence[Sequence[Ask]],
+    batches: Sequence[Sequence[Ask] | Swap],
     *,
     environment: Mapping[str, str] | None = None,
     **engine: Any,
 ) -> list[list[Answer]]:
-    """The batches, one after the other, in one vLLM."""
+    """The batches, one after the other, in one vLLM; of a Swap there are no answers."""
     job = {
         "model": str(model),
         "engine": engine,
         "adapters": {name: str(path) for name, path in adapters.items()},
-        "batches": [[vars(ask) for ask in batch] for batch in batches],
+        "batches": [
+            {"adapter": batch.adapter, "path": str(batch.path)}
+            if isinstance(batch, Swap)
+            else [vars(ask) for ask in batch]
+            for batch in batches
+        ],
     }
     answers = []
     for batch in run_job(job, environment or {}):

@@ -1,7 +1,8 @@
 """A program of its own, since an engine of vLLM's keeps its process: a job on stdin, the answer into a file.
 
 Job: model, engine (arguments of vllm.LLM), adapters (name -> path), batches: lists of {prompt, adapter, tokens}, prompt
-being text or token ids. Answer: for each batch a list of {"tokens": [...], "logprobs": [...]}, or {"error": text}.
+being text or token ids; or one {adapter, path}, to be loaded in place of that adapter. Answer: for each batch a list of
+{"tokens": [...], "logprobs": [...]}, or {"error": text}.
 """
 
 from __future__ import annotations
@@ -40,16 +41,26 @@ def main() -> None:
     Path(sys.argv[1]).write_text(json.dumps(answer))  # vLLM talks on stdout
 
 
-def _run(llm: Any, batch: list[dict[str, Any]], loras: dict[str, Any], params: Any) -> Any:
+def _run(llm: Any, batch: Any, loras: dict[str, Any], params: Any) -> Any:
+    try:
+        return _swap(llm, batch, loras) if isinstance(batch, dict) else _answers(llm, batch, loras, params)
+    except Exception as error:
+        return {"error": str(error)}
+
+
+def _swap(llm: Any, swap: dict[str, str], loras: dict[str, Any]) -> list[Any]:
+    was = loras[swap["adapter"]]
+    llm.llm_engine.add_lora(type(was)(was.lora_name, was.lora_int_id, swap["path"], load_inplace=True))
+    return []
+
+
+def _answers(llm: Any, batch: list[dict[str, Any]], loras: dict[str, Any], params: Any) -> list[Any]:
     prompts = [
         one["prompt"] if isinstance(one["prompt"], str) else {"prompt_token_ids": one["prompt"]} for one in batch
     ]
     sampling = [params(temperature=0, max_tokens=one["tokens"], ignore_eos=True, logprobs=0) for one in batch]
     requests = [loras[one["adapter"]] if one["adapter"] else None for one in batch]
-    try:
-        outputs = llm.generate(prompts, sampling, lora_request=requests if loras else None, use_tqdm=False)
-    except Exception as error:
-        return {"error": str(error)}
+    outputs = llm.generate(prompts, sampling, lora_request=requests if loras else None, use_tqdm=False)
     return [
         {
             "tokens": list(output.outputs[0].token_ids),

@@ -13,7 +13,7 @@ from dora_serve.formats import read_adapter
 from dora_serve.norm_scale_file import fingerprint, write_norm_scales
 from dora_serve.resolve import plan_merge
 from dora_serve.stored_norm_scales import stored_norm_scales
-from tests.vllm.cases import Answer, Ask, assert_same, peft_answers, serve, token_prompts
+from tests.vllm.cases import Answer, Ask, Swap, assert_same, peft_answers, serve, token_prompts
 
 TOKENS = 16
 TOLERANCE = 5e-5  # float32: a few hundred roundings of logits around 10
@@ -79,3 +79,14 @@ def test_tensor_parallel_gives_the_same(
     )
     for position, name in enumerate(names):
         assert_same(answers[position::3], wanted[name], TOLERANCE)
+
+
+def test_a_dora_in_the_place_of_a_lora_is_one_from_the_next_token_on(
+    tiny: Mapping[str, Path], wanted: Mapping[str | None, list[Answer]]
+) -> None:
+    """vLLM looks at a batch again where its adapters are others, and here they are the same: one token each."""
+    batch = [Ask(PROMPTS[0], "lora", 1)]
+    batches: list[list[Ask] | Swap] = [batch, Swap("lora", tiny["dora"]), batch, Swap("lora", tiny["lora"]), batch]
+    answers = serve(tiny["base"], {"lora": tiny["lora"]}, batches, skip_tokenizer_init=True)
+    for found, name in zip(answers[::2], ("lora", "dora", "lora"), strict=True):
+        assert_same(found, [Answer(wanted[name][0].tokens[:1], wanted[name][0].logprobs[:1])], TOLERANCE)
