@@ -81,6 +81,23 @@ def width_of(layer: Any) -> int:
     return int(layer.lora_b_stacked.shape[2])
 
 
+def sizes_of(layer: Any) -> tuple[int, list[int]]:
+    """How many inputs a layer has, and how many outputs each of its slices, in all processes together."""
+    from vllm.model_executor.layers.linear import QKVParallelLinear
+
+    base = layer.base_layer
+    if is_embedding(layer):
+        return int(base.org_vocab_size), [int(base.embedding_dim)]
+    if is_head(layer):
+        return int(layer.hidden_size), [width_of(layer)]
+    sizes = [int(size) for size in getattr(base, "output_sizes", [base.output_size])]
+    if isinstance(base, QKVParallelLinear):
+        # Its output_sizes count a kv head again for every process that has a copy of it.
+        heads, kv_heads = base.total_num_heads, base.total_num_kv_heads
+        sizes = [heads * base.head_size, kv_heads * base.head_size, kv_heads * base.v_head_size]
+    return int(base.input_size), sizes if len(sizes) == layer.n_slices else [sum(sizes)]
+
+
 def added_bias(layer: Any) -> Tensor | None:
     """The bias that vLLM adds before the layer's output can be scaled."""
     if not is_linear(layer):

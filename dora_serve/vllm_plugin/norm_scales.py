@@ -1,34 +1,19 @@
-"""The `norm_scale = m / ||W + s B A||` of an adapter's modules for the layers of this process.
-
-Everything that can be wrong with the adapter is found here, before vLLM takes it into its registry, and so before an
-adapter of the same name is replaced.
-"""
+"""The `norm_scale = m / ||W + s B A||` of an adapter's modules for the layers of this process."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dora_serve.errors import AdapterError, PlanError, Problem
+from dora_serve.errors import AdapterError, Problem
 from dora_serve.ops import factored_row_norms, norm_scale, squared_row_norms
 from dora_serve.vllm_plugin import layers
 from dora_serve.vllm_plugin.layers import Module, Part
-
-_MERGE_IT = "merge it with `dora-export merge` and serve the result"
-
-
-@dataclass(frozen=True)
-class Trained:
-    """The DoRA side of an adapter as it was read. magnitudes: by vLLM's name of the module; names: the adapter's own
-    name of each; precomputed: norm scales by the adapter's name, empty where it brings none that hold for this base."""
-
-    magnitudes: Mapping[str, Tensor]
-    names: Mapping[str, str]
-    precomputed: Mapping[str, Tensor] = field(default_factory=dict)
+from dora_serve.vllm_plugin.placing import Trained, placed, refused
 
 
 @dataclass
@@ -55,8 +40,7 @@ def local_norms(manager: Any, lora: Any, trained: Trained, squares: dict[str, Te
 
     Raises PlanError with what the layers cannot take, UnmergeableError for weights that cannot be told.
     """
-    placed = _placed(manager, lora, trained)
-    return [_norms(manager, name, layer, modules, squares) for name, layer, modules in placed]
+    return [_norms(manager, name, layer, found, squares) for name, layer, found in placed(manager, lora, trained)]
 
 
 def sum_over_group(found: Sequence[LayerNorms], error: Exception | None) -> None:
@@ -101,89 +85,8 @@ def finished(found: Sequence[LayerNorms]) -> dict[str, Tensor]:
                 )
             layer.norm_scale[part.start : part.start + scale.shape[0]] = scale
     if zero:
-        raise _refused(zero)
+        raise refused("DoRA", zero)
     return {layer.name: layer.norm_scale for layer in found}
-
-
-def _refused(problems: list[Problem]) -> PlanError:
-    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-    return PlanError(
-        f"This DoRA cannot be served here: {count}.",
-        problems,
-        remedy="Serve it on the base that it was trained on, or merge it (`dora-export merge`) and serve the result.",
-    )
-
-
-def _placed(manager: Any, lora: Any, trained: Trained) -> list[tuple[str, Any, list[Module | None]]]:
-    """The layers of this process that the adapter changes, with the modules that are packed into each."""
-    problems: list[Problem] = []
-    taken: set[str] = set()
-    placed: list[tuple[str, Any, list[Module | None]]] = []
-    for name, layer in manager.modules.items():
-        packed = manager.packed_modules.get(name, [name])
-        weights = [manager._get_lora_layer_weights(lora, one) for one in packed]
-        if not any(weights):
-            weights = [manager._get_lora_layer_weights(lora, name)]
-        modules = [_module(one, trained, manager.lora_config.max_lora_rank, problems) for one in weights]
-        if any(modules):
-            taken |= {module.name for module in modules if module is not None}
-            problem = _unservable(manager, name, layer)
-            if problem is not None:
-                problems.append(problem)
-            placed.append((name, layer, modules))
-    elsewhere = _prefixes_on_other_stages(manager.model)
-    for name in trained.magnitudes.keys() - taken:
-        if not name.startswith(elsewhere):
-            problems.append(Problem(trained.names[name], "a magnitude", "a layer that vLLM can adapt", _MERGE_IT))
-    if problems:
-        raise _refused(sorted(set(problems), key=str))
-    return placed
-
-
-def _prefixes_on_other_stages(model: Any) -> tuple[str, ...]:
-    """Where the model has a placeholder, with pipeline parallelism: another process has the layers there."""
-    from vllm.model_executor.models.utils import PPMissingLayer
-
-    return tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, PPMissingLayer))
-
-
-def _module(weights: Any, trained: Trained, max_rank: int, problems: list[Problem]) -> Module | None:
-    if weights is None:
-        return None
-    magnitude = trained.magnitudes.get(weights.module_name)
-    name = trained.names.get(weights.module_name, weights.module_name)
-    if magnitude is None:
-        problems.append(Problem(name, "no magnitude", "one, as use_dora promises", "the file is incomplete"))
-        return None
-    if not (isinstance(weights.lora_a, Tensor) and isinstance(weights.lora_b, Tensor)):
-        problems.append(Problem(name, "a magnitude without lora_A and lora_B", "all three", "the file is incomplete"))
-        return None
-    out, rank = weights.lora_b.shape
-    if weights.lora_a.shape[0] != rank or rank > max_rank:
-        got = f"lora_A {tuple(weights.lora_a.shape)} and lora_B {tuple(weights.lora_b.shape)}"
-        problems.append(Problem(name, got, f"one rank in both, of at most {max_rank}"))
-        return None
-    if magnitude.numel() != out:
-        problems.append(Problem(name, f"a magnitude of {magnitude.numel()} values", f"{out}, the rows of lora_B"))
-        return None
-    scale = trained.precomputed.get(name)
-    if scale is not None and scale.numel() != out:
-        problems.append(Problem(name, f"a norm_scale of {scale.numel()} values", f"{out}, the rows of lora_B"))
-        return None
-    return Module(
-        weights.module_name, weights.lora_a, weights.lora_b, float(weights.scaling), magnitude.flatten(), scale
-    )
-
-
-def _unservable(manager: Any, name: str, layer: Any) -> Problem | None:
-    if layers.is_linear(layer) or layers.is_embedding(layer):
-        return None
-    if layers.is_head(layer):
-        head, _ = layers.head_weight(manager, name)
-        if getattr(head, "bias", None) is None:
-            return None
-        return Problem(name, "DoRA on a head with a bias", "one without", _MERGE_IT)
-    return Problem(name, f"DoRA on a {type(layer).__name__}", "a linear, embedding or head layer", _MERGE_IT)
 
 
 def _norms(manager: Any, name: str, layer: Any, modules: list[Module | None], squares: dict[str, Tensor]) -> LayerNorms:
@@ -192,8 +95,6 @@ def _norms(manager: Any, name: str, layer: Any, modules: list[Module | None], sq
         return _linear(name, layer, modules, width, squares)
     (module,) = modules
     assert module is not None
-    if module.lora_B.shape[0] != width:
-        raise _refused([Problem(name, f"lora_B of {module.lora_B.shape[0]} rows", f"{width}")])
     found = LayerNorms(name, torch.ones(width))
     if module.norm_scale is not None:
         found.norm_scale = module.norm_scale.float()
@@ -225,13 +126,11 @@ def _linear(name: str, layer: Any, modules: list[Module | None], width: int, squ
         parts = layers.parts_of(layer, modules)
     except (IndexError, RuntimeError, ValueError) as error:
         shapes = ", ".join(str(tuple(one.lora_B.shape)) for one in modules if one is not None)
-        raise _refused([Problem(name, f"lora_B {shapes}", f"one that fits {width} outputs", str(error))]) from error
+        problem = Problem(name, f"lora_B {shapes}", f"one that fits {width} outputs", str(error))
+        raise refused("DoRA", [problem]) from error
     weight: Tensor | None = None
     for part in parts:
         stop = part.start + part.lora_B.shape[0]
-        problem = _shape_problem(name, layer, part, stop, width)
-        if problem is not None:
-            raise _refused([problem])
         if part.norm_scale is not None:
             found.norm_scale[part.start : stop] = part.norm_scale
             continue
@@ -241,14 +140,6 @@ def _linear(name: str, layer: Any, modules: list[Module | None], width: int, squ
         key = f"{name}[{part.start}:{stop}]"
         found.squares.append(_squares(key, weight[part.start : stop], part.lora_B, part.lora_A, part.scaling, squares))
     return found
-
-
-def _shape_problem(name: str, layer: Any, part: Part, stop: int, width: int) -> Problem | None:
-    got = f"lora_A {tuple(part.lora_A.shape)} and lora_B {tuple(part.lora_B.shape)}"
-    wanted = f"{layer.input_size} inputs and {width} outputs in all"
-    if part.lora_A.shape[1] != layer.input_size or stop > width:
-        return Problem(name, got, wanted, "this is a base of another size")
-    return None
 
 
 def _squares(

@@ -25,6 +25,9 @@ SERVER_MODULE = "vllm.entrypoints.openai.models.serving"
 BLAMED = "dora-serve: "
 """What an error about an adapter has in its message: between processes nothing else of it is left."""
 
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""The values of max_lora_rank that vLLM takes."""
+
 _MAGNITUDE = "lora_magnitude_vector"
 _Patch = tuple[Any, str, Callable[[Callable[..., Any]], Callable[..., Any]]]
 
@@ -53,6 +56,7 @@ def patch_worker() -> None:
     linear = base_linear.BaseLinearLayerWithLoRA
     made = _apply(
         # Reading.
+        (PEFTHelper, "from_local_dir", _look_at_the_folder),
         (PEFTHelper, "_validate_features", _accept_dora),
         (PEFTHelper, "validate_legal", _say_how_to_raise_the_rank),
         (LoRAModel, "from_local_checkpoint", _read_beside_magnitudes),
@@ -120,6 +124,19 @@ def _wrapped(original: Callable[..., Any], patch: Callable[[Callable[..., Any]],
     return functools.wraps(original)(patch(original))
 
 
+def _look_at_the_folder(original: Callable[..., Any]) -> Callable[..., Any]:
+    """PEFTHelper.from_local_dir takes a folder without a configuration for one that is not there, and whatever the
+    configuration holds for numbers."""
+
+    def from_local_dir(cls: Any, lora_path: str, *args: Any, **kwargs: Any) -> Any:
+        from dora_serve.vllm_plugin.reading import require_adapter
+
+        require_adapter(Path(lora_path))
+        return original(cls, lora_path, *args, **kwargs)
+
+    return from_local_dir
+
+
 def _accept_dora(original: Callable[..., Any]) -> Callable[..., Any]:
     """PEFTHelper._validate_features says "vLLM does not yet support DoRA."; all else that it says stands."""
 
@@ -139,10 +156,9 @@ def _say_how_to_raise_the_rank(original: Callable[..., Any]) -> Callable[..., An
             rank = max([self.r, *self.rank_pattern.values()])
             if rank <= lora_config.max_lora_rank:
                 raise
-            raise ValueError(
-                f"{error} {BLAMED}start the server with --max-lora-rank {rank} or the next that it takes, "
-                "or merge the adapter: `dora-export merge`."
-            ) from error
+            allowed = next((one for one in RANKS if one >= rank), None)
+            restart = "" if allowed is None else f"start the server with --max-lora-rank {allowed}, or "
+            raise ValueError(f"{error} {BLAMED}{restart}merge the adapter: `dora-export merge`.") from error
 
     return validate_legal
 
@@ -157,22 +173,20 @@ def _read_beside_magnitudes(original: Callable[..., Any]) -> Callable[..., Any]:
     def from_local_checkpoint(
         cls: Any, lora_dir: str, *args: Any, skip_prefixes: list[str] | None = None, **kwargs: Any
     ) -> Any:
-        from dora_serve.errors import AdapterError
-        from dora_serve.norm_scale_file import read_norm_scales
+        from dora_serve.norm_scale_file import FILE_NAME, read_norm_scales
+        from dora_serve.vllm_plugin.reading import in_words
 
         skipped = [*(skip_prefixes or ()), _MAGNITUDE]
         try:
             model = original(cls, lora_dir, *args, skip_prefixes=skipped, **kwargs)
         except Exception as error:
-            if type(error).__name__ != "SafetensorError":
+            words = in_words(error, lora_dir)
+            if words is None:
                 raise
-            raise AdapterError(
-                f"{lora_dir!r} cannot be read: its weights are corrupt or cut off ({error}).",
-                remedy="Fetch or save the adapter again, and load it again.",
-                path=lora_dir,
-            ) from error
+            raise words from error
         if model.trained is not None:
             model.norm_scale_file = read_norm_scales(Path(lora_dir))
+            model.brings_norm_scales = (Path(lora_dir) / FILE_NAME).is_file()
         return model
 
     return from_local_checkpoint
@@ -197,7 +211,7 @@ def _keep_magnitudes(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _take_norms(original: Callable[..., Any]) -> Callable[..., Any]:
-    """WorkerLoRAManager._load_adapter makes the LoRAModel: a DoRA gets its norm scales here.
+    """WorkerLoRAManager._load_adapter makes the LoRAModel: a DoRA gets its norm scales here, and a LoRA is looked at.
 
     They stay with the model, so that caches, pinning and replacement treat them as one. Nothing has been registered
     or replaced yet when an error is raised.
@@ -205,13 +219,21 @@ def _take_norms(original: Callable[..., Any]) -> Callable[..., Any]:
 
     def load_adapter(self: Any, lora_request: Any) -> Any:
         from dora_serve.vllm_plugin.norm_scales import finished, local_norms, sum_over_group
+        from dora_serve.vllm_plugin.placing import require_fit
 
         manager, lora, found, error = self._adapter_manager, None, [], None
         try:
             lora = original(self, lora_request)
-            if lora.trained is not None:
+            if lora.trained is None:
+                require_fit(manager, lora)
+            else:
                 base = manager.dora_base
                 trained = base.with_known_scales(lora.trained, getattr(lora, "norm_scale_file", None))
+                if getattr(lora, "brings_norm_scales", False) and not trained.precomputed:
+                    _log.warning(
+                        "dora-serve: the norm scales in %r are those of another base or adapter, and are taken anew.",
+                        lora_request.lora_path,
+                    )
                 found = local_norms(manager, lora, trained, base.squares)
         except Exception as caught:  # the other processes wait for an answer, whatever it is
             error = _blaming(caught)

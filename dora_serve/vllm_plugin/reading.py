@@ -11,8 +11,9 @@ from typing import Any
 from torch import Tensor
 
 from dora_serve.errors import AdapterError, CheckpointError
+from dora_serve.formats.files import CONFIG_NAME, read_config
 from dora_serve.norm_scale_file import NormScales, fingerprint
-from dora_serve.vllm_plugin.norm_scales import Trained
+from dora_serve.vllm_plugin.placing import Trained
 
 _MAGNITUDE = re.compile(r"^(.+)\.lora_magnitude_vector(?:\.[^.]+)?(?:\.weight)?$")
 _PREFIX = "base_model.model."
@@ -46,6 +47,65 @@ def split_magnitudes(
             remedy='Set "use_dora": true in adapter_config.json if it was trained as a DoRA.',
         )
     return factors, Trained(magnitudes, names) if magnitudes else None
+
+
+def require_adapter(folder: Path) -> None:
+    """Raises AdapterError for what is there, and is not the folder of a PEFT adapter with numbers where vLLM takes them
+    for numbers. What is not there vLLM answers by itself."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise AdapterError(
+            f"{str(folder)!r} is a file, and vLLM takes the folder of a PEFT adapter.",
+            remedy="Give its folder, or write one from another format: `dora-export convert ADAPTER --to vllm ...`.",
+            path=str(folder),
+        )
+    config = read_config(folder)
+    numbers = {"r": int, "lora_alpha": (int, float)}
+    wrong = [f"{key} = {config.get(key)!r}" for key, kind in numbers.items() if not _is(config.get(key), kind)]
+    patterns = {key: config.get(key) or {} for key in ("rank_pattern", "alpha_pattern")}
+    wrong += [f"{key} = {one!r}" for key, one in patterns.items() if not _is_pattern(one)]
+    if wrong:
+        raise AdapterError(
+            f"{str(folder / CONFIG_NAME)!r} says {', '.join(wrong)}, where vLLM wants numbers.",
+            remedy="Restore the file from the trainer's output.",
+            path=str(folder),
+        )
+    if not any((folder / name).is_file() for name in _WEIGHTS):
+        raise AdapterError(
+            f"{str(folder)!r} holds no {_WEIGHTS[0]}.",
+            remedy="Copy the whole folder that the trainer wrote; of another format, convert it: "
+            "`dora-export convert ADAPTER --to vllm --base BASE -o OUT`.",
+            path=str(folder),
+        )
+
+
+_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin", "adapter_model.pt")
+
+
+def _is(value: object, kind: Any) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def _is_pattern(value: object) -> bool:
+    return isinstance(value, dict) and all(_is(one, (int, float)) for one in value.values())
+
+
+def in_words(error: Exception, folder: str) -> Exception | None:
+    """What is wrong with the weights where vLLM, or what reads for it, says what it ran into; else None."""
+    said = str(error)
+    if type(error).__name__ in _CORRUPT or "PytorchStreamReader" in said:
+        return AdapterError(
+            f"{folder!r} cannot be read: its weights are corrupt or cut off ({said}).",
+            remedy="Fetch or save the adapter again, and load it again.",
+            path=folder,
+        )
+    if "embedding LoRA size" in said:
+        return AdapterError(said, remedy="Serve it on the base that it was trained on, with its tokens.", path=folder)
+    return None
+
+
+_CORRUPT = ("SafetensorError", "UnpicklingError", "EOFError")
 
 
 class ServedBase:

@@ -218,6 +218,40 @@ def _raise_the_rank(tensors: dict[str, torch.Tensor], config: dict[str, Any]) ->
             tensors[name] = tensor.repeat(1, 3)
 
 
+def _narrow(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
+    for name in [name for name in tensors if ".k_proj." in name and "lora_A" not in name]:
+        tensors[name] = tensors[name][: len(tensors[name]) // 3].clone()
+
+
+def _lose_the_magnitudes(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
+    next(tensor for name, tensor in tensors.items() if "lora_magnitude" in name)[5] = torch.nan
+
+
+def _overflow(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
+    next(tensor for name, tensor in tensors.items() if "lora_B" in name)[0, 0] = torch.inf
+
+
+def _leave_out_a_factor(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
+    del tensors[next(name for name in tensors if "lora_A" in name)]
+
+
+def _say_another_rank(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
+    _raise_the_rank(tensors, config)
+    config["r"] = 4
+
+
+def _say_no_number(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
+    config["lora_alpha"] = "8"
+
+
+def _train_a_bias(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
+    config["bias"] = "all"
+
+
+def _train_the_head(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
+    config["modules_to_save"] = ["lm_head"]
+
+
 FAULTS: dict[str, tuple[Fault, str]] = {
     "short magnitude": (_shorten, "a magnitude of"),
     "no such layer": (_move_to_a_layer_that_is_not_there, "model.layers.77.self_attn.q_proj"),
@@ -226,8 +260,18 @@ FAULTS: dict[str, tuple[Fault, str]] = {
     "no magnitudes": (_leave_out_all_magnitudes, "its file has no magnitude"),
     "not called a DoRA": (_deny_dora, "does not say use_dora"),
     "another base": (_widen, "a base of another size"),
-    "rank": (_raise_the_rank, "--max-lora-rank 12"),
+    "rank": (_raise_the_rank, "--max-lora-rank 16"),
+    "fewer heads": (_narrow, "a base of another size"),
+    "no number": (_lose_the_magnitudes, "a magnitude that is not finite"),
+    "infinite": (_overflow, "values that are not finite"),
+    "half a module": (_leave_out_a_factor, "no lora_A"),
+    "said otherwise": (_say_another_rank, "of one rank, of at most 8"),
+    "a word": (_say_no_number, "lora_alpha = '8'"),
+    "bias": (_train_a_bias, "dora-export merge"),
+    "head": (_train_the_head, "dora-export merge"),
 }
+FAULTS_OF_A_LORA = ("another base", "fewer heads", "infinite", "half a module", "said otherwise")
+"""Those that vLLM alone takes, or stops at when it has taken half of the adapter."""
 
 
 def test_bad_adapters_are_refused_in_our_words_and_the_server_lives_on(
@@ -244,22 +288,33 @@ def test_bad_adapters_are_refused_in_our_words_and_the_server_lives_on(
         return str(caught.value)
 
     server.load("good", ADAPTERS / "style-dora")
-    for name, (fault, sentence) in FAULTS.items():
-        folder = shutil.copytree(good, tmp_path / name.replace(" ", "_"))
+    faults = [("dora", name) for name in FAULTS] + [("lora", name) for name in FAULTS_OF_A_LORA]
+    for kind, name in faults:
+        fault, sentence = FAULTS[name]
+        folder = shutil.copytree(ADAPTERS / f"dates-{kind}", tmp_path / f"{kind}_{name.replace(' ', '_')}")
         tensors = load_file(folder / "adapter_model.safetensors")
         config = json.loads((folder / "adapter_config.json").read_text())
         fault(tensors, config)
         save_file(tensors, folder / "adapter_model.safetensors")
         (folder / "adapter_config.json").write_text(json.dumps(config))
-        message = refused(name, folder)
+        # One that fails takes nobody's place.
+        message = refused("good", folder, load_inplace=True)
         assert "dora-serve: " in message, name
         assert sentence in message, (name, message)
     cut = shutil.copytree(good, tmp_path / "cut")
     weights = (cut / "adapter_model.safetensors").read_bytes()
     (cut / "adapter_model.safetensors").write_bytes(weights[: len(weights) // 2])
     assert "corrupt or cut off" in refused("cut", cut)
-    # One that fails takes nobody's place.
     assert "corrupt or cut off" in refused("good", cut, load_inplace=True)
+    (cut / "adapter_model.safetensors").rename(cut / "adapter_model.bin")
+    assert "corrupt or cut off" in refused("cut", cut)
+    (cut / "adapter_model.bin").unlink()
+    assert "holds no adapter_model.safetensors" in refused("cut", cut)
+    (cut / "adapter_config.json").write_text("{")
+    assert "cannot be read as JSON" in refused("cut", cut)
+    (cut / "adapter_config.json").unlink()
+    assert "has no adapter_config.json" in refused("cut", cut)
+    assert "is a file" in refused("file", good / "adapter_model.safetensors")
     assert server.say("good") == peft_says["style-dora"]
     server.unload("good")
     assert server.models == {"base", "dates-dora", "dates-lora"}
