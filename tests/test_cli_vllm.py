@@ -7,6 +7,7 @@ import importlib.metadata
 import importlib.util
 import json
 import shlex
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ import pytest
 from dora_serve.cli import main
 from dora_serve.norm_scale_file import fingerprint, read_norm_scales
 from exporters.convert.run import ConvertRequest, convert, write_conversion
-from tests.cases import LINEARS, adapt, llama, save
+from tests.cases import LINEARS, adapt, llama, rewrite_json, save
 
 Planned = Callable[..., tuple[dict[str, str], list[str]]]
 
@@ -88,6 +89,42 @@ def test_an_adapter_of_another_format_is_converted(
     stored = read_norm_scales(path)
     assert stored is not None
     assert stored.base == fingerprint(folders["base"])
+
+
+def test_the_rank_is_the_largest_that_the_configuration_names(
+    planned: Planned, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """vLLM refuses an adapter for a rank above --max-lora-rank in its configuration, be it that of no module."""
+    folder = shutil.copytree(folders["dora"], tmp_path / "dora")
+    rewrite_json(folder / "adapter_config.json", r=20, rank_pattern=dict.fromkeys(LINEARS, 4))
+    _, words = planned(folders["base"], "--adapter", f"a={folder}")
+    assert option(words, "--max-lora-rank") == "32"
+
+
+def test_what_vllm_cannot_serve_is_refused_before_it_is_started(
+    planned: Planned, folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapt(llama(), tmp_path / "head", target_modules=["q_proj"], modules_to_save=["lm_head"])
+    adapt(llama(), tmp_path / "rows", target_modules=["q_proj"], trainable_token_indices=[3])
+    adapt(llama(), tmp_path / "bias", target_modules=["q_proj"], lora_bias=True)
+    for name, said in (("head", "lm_head.weight as a whole"), ("rows", "trained rows"), ("bias", "biases of its own")):
+        assert main(["vllm", str(folders["base"]), "--adapter", f"a={tmp_path / name}", "--dry-run"]) == 1
+        assert said in capsys.readouterr().err
+    adapters = ["--adapter", f"a={folders['dora']}", "--dry-run"]
+    assert main(["vllm", str(folders["base"]), *adapters, "--", "--lora-modules", "b=c"]) == 1
+    assert "takes the place of --adapter" in capsys.readouterr().err
+
+
+def test_a_list_of_plugins_gets_ours_too(
+    planned: Planned, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for listed, wanted in (
+        ("", "dora_serve"),
+        ("lora_hf_hub_resolver", "lora_hf_hub_resolver,dora_serve"),
+        ("dora_serve,other", None),
+    ):
+        monkeypatch.setenv("VLLM_PLUGINS", listed)
+        assert planned(folders["base"])[0].get("VLLM_PLUGINS") == wanted
 
 
 def test_what_cannot_be_started_is_said(
