@@ -94,18 +94,17 @@ def _is_pattern(value: object) -> bool:
 def in_words(error: Exception, folder: str) -> Exception | None:
     """What is wrong with the weights where vLLM, or what reads for it, says what it ran into; else None."""
     said = str(error)
-    if type(error).__name__ in _CORRUPT or "PytorchStreamReader" in said:
+    if "embedding LoRA size" in said:
+        return AdapterError(said, remedy="Serve it on the base that it was trained on, with its tokens.", path=folder)
+    # torch raises whatever it stumbles over in a pickle; vLLM's own words are ValueErrors.
+    pickled = not (Path(folder) / _WEIGHTS[0]).is_file()
+    if type(error).__name__ == "SafetensorError" or (pickled and not isinstance(error, (ValueError, OSError))):
         return AdapterError(
             f"{folder!r} cannot be read: its weights are corrupt or cut off ({said}).",
             remedy="Fetch or save the adapter again, and load it again.",
             path=folder,
         )
-    if "embedding LoRA size" in said:
-        return AdapterError(said, remedy="Serve it on the base that it was trained on, with its tokens.", path=folder)
     return None
-
-
-_CORRUPT = ("SafetensorError", "UnpicklingError", "EOFError")
 
 
 class ServedBase:
