@@ -90,7 +90,9 @@ def test_a_device_that_is_not_there(tmp_path: Path) -> None:
             Engine.load(save(llama(), tmp_path / device), device=device)
 
 
-def test_logits_that_are_no_numbers_end_that_request_alone(tmp_path: Path) -> None:
+@pytest.fixture
+def engine_with_huge(tmp_path: Path) -> Engine:
+    """With an adapter whose numbers overflow from the first token on."""
     base = save(llama(), tmp_path / "base")
     adapt(load(base, llama()), tmp_path / "huge", target_modules=["o_proj", "down_proj"])
     rewrite_tensors(
@@ -99,6 +101,11 @@ def test_logits_that_are_no_numbers_end_that_request_alone(tmp_path: Path) -> No
     )
     engine = Engine(load(base, llama()))
     engine.pool.load("huge", tmp_path / "huge")
+    return engine
+
+
+def test_logits_that_are_no_numbers_end_that_request_alone(engine_with_huge: Engine) -> None:
+    engine = engine_with_huge
     plain, bad = engine.complete([Request([1, 2], max_tokens=4), Request([1, 2], adapter="huge", max_tokens=4)])
     assert plain.error is None
     assert bad.finish_reason == "error"
@@ -106,16 +113,9 @@ def test_logits_that_are_no_numbers_end_that_request_alone(tmp_path: Path) -> No
     assert [info.in_use for info in engine.pool.list()] == [0]
 
 
-def test_a_row_that_was_no_numbers_leaves_none_to_the_next(tmp_path: Path) -> None:
+def test_a_row_that_was_no_numbers_leaves_none_to_the_next(engine_with_huge: Engine) -> None:
     """Its keys and values are NaN from the second layer on, at more places than the next request fills."""
-    base = save(llama(), tmp_path / "base")
-    adapt(load(base, llama()), tmp_path / "huge", target_modules=["o_proj", "down_proj"])
-    rewrite_tensors(
-        tmp_path / "huge" / "adapter_model.safetensors",
-        lambda tensors: [tensor.mul_(1e21) for tensor in tensors.values()],
-    )
-    engine = Engine(load(base, llama()))
-    engine.pool.load("huge", tmp_path / "huge")
+    engine = engine_with_huge
     short = Request([1, 2], max_tokens=4, ignore_eos=True)
     (wanted,) = engine.complete([short])
     long = Request([1, 2] * 10, adapter="huge", max_tokens=4)
