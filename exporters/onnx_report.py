@@ -72,6 +72,10 @@ def onnx_check_text(check: Any) -> str:
         ["KL divergence from torch, nats", format_number(check["kl"]) + allowed],
         ["same top-1", "" if check["top1"] is None else f"{check['top1']:.1%}"],
         [
+            "activations in floats, torch on the codes' numbers (allowed)",
+            f"{format_number(check['exact_max_abs'])} ({format_number(check['exact_tolerance'])})",
+        ],
+        [
             "perplexity of the prompts (torch's)",
             f"{format_number(check['perplexity'])} ({format_number(check['torch_perplexity'])})" if quantized else "",
         ],
@@ -134,6 +138,9 @@ def swap_text(check: Mapping[str, Any]) -> str:
         rows.append(
             ["without an adapter, from torch's base before it was quantized", "", "", _optional(check["lost_kl"])]
         )
+    if check["exact_max_abs"] is not None:
+        distances = (format_number(check["exact_max_abs"]), format_number(check["exact_tolerance"]))
+        rows.append(["whole prompts, activations in floats", *distances, _optional(check["exact_kl"])])
     if check["without_magnitude_max_abs"] is not None:
         rows.append(["if the magnitude were ignored", format_number(check["without_magnitude_max_abs"]), "", ""])
     title = f"ONNX Runtime ({check['provider']}) with the adapter swapped in, how far from torch's unmerged forward"

@@ -28,11 +28,11 @@ from dora_serve.onnx_engine.adapters import Switch, Tables, read_adapter_file
 from exporters.onnx.check.answers import token_inputs
 from exporters.onnx.export import export_onnx
 from exporters.onnx.saving import MODEL_FILE
+from exporters.onnx.weight_blocks import weight_blocks
 from exporters.onnx_adapters.adapter_file import SlottedBase, open_slotted, write_adapter
 from exporters.onnx_adapters.check import check_swap
 from exporters.onnx_adapters.export import put_slots, require_one_graph
 from exporters.onnx_adapters.options import SlotOptions, Which
-from exporters.onnx_adapters.weights import weight_blocks
 from tests.cases import adapt, merge_to, rewrite_tensors, vary
 from tests.onnx_models import GROUPED, MODELS, ONE
 from tests.onnx_swap import Swap, activate, make, open_session, peft_logits, run, slotted
@@ -237,6 +237,8 @@ def test_slots_on_a_quantized_graph_take_norms_over_its_own_numbers(
     found = check_swap(base, file, swap.model, read_adapter(swap.adapters["dora"]), SAMPLES, greedy_tokens=2)
     assert found.failures == ()
     assert found.reference == "dequantized"
+    assert found.exact_kl is not None
+    assert found.exact_kl < 1e-8
     assert found.layers == found.layers_equal > 0
     lost = with_changed(file, tmp_path / "lost", lambda key, value: value**0 if "norm_scale" in key else value)
     judged = check_swap(base, lost, swap.model, read_adapter(swap.adapters["dora"]), SAMPLES, greedy_tokens=2)

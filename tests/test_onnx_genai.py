@@ -92,6 +92,8 @@ def test_the_loss_of_a_quantized_folder_is_measured_and_its_codes_are_compared(m
     assert report.tolerance is None
     assert report.kl is not None
     assert 1e-8 < report.kl < 0.1
+    assert report.exact_kl is not None
+    assert report.exact_kl < 1e-8
     graph = onnx.load(made.folder / "model.onnx", load_external_data=False).graph
     codes = max((one for one in graph.initializer if one.data_type == onnx.TensorProto.UINT8), key=lambda one: one.name)
     said = {entry.key: entry.value for entry in codes.external_data}

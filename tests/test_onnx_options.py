@@ -110,6 +110,11 @@ def test_the_loss_of_quantized_weights_is_measured(
     assert report.tolerance is None
     assert report.kl is not None
     assert 1e-8 < report.kl < limit
+    assert report.exact_kl is not None
+    assert report.exact_kl < 1e-8
+    assert report.exact_max_abs is not None
+    assert report.exact_tolerance is not None
+    assert report.exact_max_abs <= report.exact_tolerance
     assert report.perplexity != report.torch_perplexity
     assert report.tokens_per_second
     strict = check(made, max_kl=report.kl / 2)
@@ -178,6 +183,53 @@ def test_one_integer_beside_the_nearest_fails(exported: Callable[..., Any], tmp_
     report = check_onnx(folder, model, token_inputs(PROMPTS))
     assert report.initializers_equal == report.initializers - 1
     assert any(name in failure for failure in report.failures)
+
+
+def _exchange(graph: onnx.GraphProto) -> None:
+    one, other = (node for node in graph.node if node.op_type == "MatMulNBits" and "k_proj" in node.input[1])
+    for place in (1, 2):
+        one.input[place], other.input[place] = other.input[place], one.input[place]
+
+
+def _shift(graph: onnx.GraphProto) -> None:
+    """One zero point, of a block of 32, is not the middle of the range."""
+    node = next(node for node in graph.node if node.op_type == "MatMulNBits" and "q_proj" in node.input[1])
+    sizes = {attribute.name: attribute.i for attribute in node.attribute}
+    zeros = np.full((sizes["N"], -(-sizes["K"] // 64)), 0x88, dtype=np.uint8)
+    zeros[0, 0] += 1
+    graph.initializer.append(onnx.numpy_helper.from_array(zeros, "zeros"))
+    node.input.append("zeros")
+
+
+def _move_padded_rows(graph: onnx.GraphProto) -> None:
+    """Positions are twice what they are in rows that begin with padding."""
+    for node in graph.node:
+        node.input[:] = ["moved" if name == "position_ids" else name for name in node.input]
+    for name, value in (("zero", 0), ("one", 1)):
+        graph.initializer.append(onnx.helper.make_tensor(name, onnx.TensorProto.INT64, [1], [value]))
+    made = [
+        onnx.helper.make_node("Slice", ["attention_mask", "zero", "one", "one"], ["first"]),
+        onnx.helper.make_node("Sub", ["one", "first"], ["padded"]),
+        onnx.helper.make_node("Add", ["one", "padded"], ["times"]),
+        onnx.helper.make_node("Mul", ["position_ids", "times"], ["moved"]),
+    ]
+    for node in reversed(made):
+        graph.node.insert(0, node)
+
+
+@pytest.mark.parametrize("fault", [_exchange, _shift, _move_padded_rows])
+def test_the_right_codes_used_wrongly_fail(
+    fault: Callable[[onnx.GraphProto], None], exported: Callable[..., Any], tmp_path: Path
+) -> None:
+    """What such a graph loses by int4 would hide it: the runs with float activations do not."""
+    model, export = exported("llama", quantize="int4")
+    folder = shutil.copytree(export.folder, tmp_path / "onnx")
+    graph = onnx.load(folder / MODEL_FILE, load_external_data=False)
+    fault(graph.graph)
+    onnx.save(graph, folder / MODEL_FILE)
+    report = check_onnx(folder, model, token_inputs(PROMPTS))
+    assert report.initializers == report.initializers_equal
+    assert any("activations in floats" in failure for failure in report.failures)
 
 
 @pytest.mark.parametrize("part", [".int8", ".int8.scales"])

@@ -15,11 +15,11 @@ from dora_serve.magnitudes import RowLengths, require_plausible
 from dora_serve.onnx_engine.slots import METADATA_KEY, SlotTable
 from dora_serve.ops import row_norms
 from dora_serve.progress import OnProgress, ignore_progress
+from exporters.onnx.linears import Linear, find_linears
 from exporters.onnx.loading import require
 from exporters.onnx.saving import MODEL_FILE
+from exporters.onnx.weight_blocks import weight_blocks
 from exporters.onnx_adapters.fitting import SlotTensors, fit_adapter, slot_tensors
-from exporters.onnx_adapters.linears import Linear, find_linears
-from exporters.onnx_adapters.weights import weight_blocks
 
 if TYPE_CHECKING:
     import onnx_ir

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dora_serve.adapter import Adapter
-from dora_serve.module_names import is_conv1d
 from dora_serve.onnx_engine import adapters
 from dora_serve.onnx_engine.adapters import AdapterFile, Feeding, OneSlot, Switch, read_adapter_file
 from dora_serve.onnx_engine.genai_runner import is_genai
@@ -21,17 +20,18 @@ from dora_serve.reference import attach_adapter
 from exporters.onnx.architectures import architecture_of, kind_of, output_names
 from exporters.onnx.check.answers import Expected, Got, Inputs, Weights
 from exporters.onnx.check.check import compare_any
+from exporters.onnx.check.coded_weights import serve_codes
 from exporters.onnx.check.comparing import count_greedy
 from exporters.onnx.check.distances import kl_divergence, max_abs_difference, top1_agreement
 from exporters.onnx.check.genai_runner import GenaiRunner
 from exporters.onnx.check.memory import why_not_run
 from exporters.onnx.check.onnx_side import Runner, run_onnx, whole_answers
-from exporters.onnx.check.torch_side import round_at_random, torch_answer, torch_greedy
+from exporters.onnx.check.session import Opening
+from exporters.onnx.check.torch_side import half_limits, round_at_random, torch_answer, torch_greedy
 from exporters.onnx.loading import load_model, quiet, require
 from exporters.onnx_adapters.adapter_file import SlottedBase
 from exporters.onnx_adapters.check_layers import differing_slots
-from exporters.onnx_adapters.linears import Linear
-from exporters.onnx_adapters.weights import fingerprint, weight_blocks
+from exporters.onnx_adapters.fingerprint import fingerprint
 
 if TYPE_CHECKING:
     import torch
@@ -62,8 +62,9 @@ class SwapCheck:
     greedy_equal of greedy_total prompts go on with the same tokens.
     initializers, initializers_equal: weights of the graph, and those that are the base's, as for `OnnxCheck`.
     reference: what torch ran: "base", or "dequantized" where the graph's weights are codes. lost_kl: what the graph
-    without an adapter lost against torch's float32 of the model itself, quantizing included. not_run: why nothing was
-    run, and every number is None then.
+    without an adapter lost against torch's float32 of the model itself, quantizing included. exact_max_abs,
+    exact_tolerance, exact_kl: of a graph of codes, whole prompts with activations left in floats. not_run: why nothing
+    was run, and every number is None then.
     """
 
     prompts: int
@@ -86,6 +87,9 @@ class SwapCheck:
     tolerance: float | None = None
     effect_max_abs: float | None = None
     without_magnitude_max_abs: float | None = None
+    exact_max_abs: float | None = None
+    exact_tolerance: float | None = None
+    exact_kl: float | None = None
     layers: int = 0
     layers_equal: int = 0
     greedy_equal: int = 0
@@ -109,7 +113,8 @@ def check_swap(
 
     Torch runs in float32 with eager attention, the adapter by `dora_serve.reference`, which shares no code with what
     made the file. Where the graph's weights are codes, torch is given the numbers that these stand for: what
-    quantizing cost is not the adapter's fault, and its norms are taken over those numbers. max_kl: what the graph may
+    quantizing cost is not the adapter's fault, and its norms are taken over those numbers. Such a graph is run once
+    more with its activations in floats, and judged as strictly as one of whole weights. max_kl: what the graph may
     have lost at most (`lost_kl`). genai_python: as for `check_onnx`.
 
     samples: of one row each, as `torch_answer` takes them. Raises ValueError without any, and what `load_model` and
@@ -123,7 +128,7 @@ def check_swap(
     tell = on_progress or (lambda message: None)
     failures: list[str] = []
     file, architecture = read_adapter_file(adapter_file, base.table), architecture_of(model_folder)
-    packed = [linear for linear in base.linears.values() if linear.storage == "packed"]
+    packed = any(linear.storage == "packed" for linear in base.linears.values())
     with quiet(), torch.no_grad():
         genai = is_genai(base.path.parent)
         reference = "dequantized" if packed else "base"
@@ -137,7 +142,7 @@ def check_swap(
         torch.nn.Module.to(model, device)
         whole = [torch_answer(model, sample) for sample in samples]
         weights = compare_any([base.path], model_folder, model.state_dict().get, failures)
-        _serve_the_same(model, packed)
+        unplaced = serve_codes([base.path], model)
         plain = [torch_answer(model, sample) for sample in samples]
         with attach_adapter(model, adapter):
             wanted = [torch_answer(model, sample) for sample in samples]
@@ -147,30 +152,46 @@ def check_swap(
             round_at_random(model, torch.float32)
             moved = [torch_answer(model, sample) for sample in samples]
         del model
+        distributions = "last_hidden_state" not in output_names(architecture)
+        in_float32 = base.table.dtype == "float32"
+        half = None
+        if not in_float32:
+            of_base = Expected(plain, [], 0.0, FLOAT32_KL, None, distributions)
+            dtype = getattr(torch, base.table.dtype)
+            half = half_limits(
+                model_folder, dtype, device, samples, of_base, lambda narrow: serve_codes([base.path], narrow)
+            )
         tell("running ONNX Runtime, with the adapter and without")
 
-        where = (base.path.parent, device, architecture, samples)
+        folder, on = base.path.parent, partial(_on, base.table)
+        ignored = _without_magnitude(file) if file.is_dora else None
 
-        def runner(feeding: Feeding, swapped_in: Path | None = None) -> Callable[[], Runner] | None:
-            return (lambda: GenaiRunner(*where, genai_python, feeding, swapped_in)) if genai else None
+        def run(exact: bool, tokens: int) -> _Runs:
+            def opening(feeding: Feeding) -> Opening:
+                return Opening(device, feeding, exact)
 
-        bare, served = _on(base.table, None), _on(base.table, file)
-        without = whole_answers(*where, failures, bare, runner(bare))
-        swapped = run_onnx(*where, greedy_tokens, failures, served, runner(served, adapter_file))
-        spoiled = None
-        if file.is_dora:
-            lost = _on(base.table, _without_magnitude(file), as_inputs=True)
-            spoiled = whole_answers(*where, failures, lost, runner(lost))
-    exact = not packed and base.table.dtype == "float32"
+            def runner(swapped_in: Path | None = None) -> Callable[[Opening], Runner] | None:
+                if not genai:
+                    return None
+                return lambda opened: GenaiRunner(folder, architecture, opened, samples, genai_python, swapped_in)
+
+            bare, served = opening(on(None)), opening(on(file))
+            without = whole_answers(folder, architecture, bare, samples, failures, runner())
+            swapped = run_onnx(folder, architecture, served, samples, tokens, failures, runner(adapter_file))
+            if ignored is None:
+                return _Runs(without, swapped, None)
+            lost = opening(on(ignored, as_inputs=True))
+            return _Runs(without, swapped, whole_answers(folder, architecture, lost, samples, failures, runner()))
+
+        deployed = run(False, greedy_tokens)
+        strict = run(True, 0) if packed and not unplaced else None
     rounding = tolerance = _tolerance(wanted, moved)
-    if not exact:
-        tolerance = max(rounding, _BASE_FACTOR * _distance(without, plain))
+    if packed or not in_float32:
+        tolerance = max(rounding, _BASE_FACTOR * _distance(deployed.without, plain))
     # Of a model that is not finite nothing may pass.
     tolerance = tolerance if tolerance < inf else 0.0
-    expected = Expected(
-        wanted, greedy, tolerance, FLOAT32_KL, None, "last_hidden_state" not in output_names(architecture)
-    )
-    lost_kl = _kl(without, whole, expected.distributions)
+    expected = Expected(wanted, greedy, tolerance, FLOAT32_KL, None, distributions)
+    lost_kl = _kl(deployed.without, whole, distributions)
     if max_kl is not None and lost_kl is not None and lost_kl > max_kl:
         failures.append(
             f"The graph's KL divergence from torch in float32 is {lost_kl:.3g}, and --max-kl is {max_kl:g}."
@@ -182,7 +203,18 @@ def check_swap(
             f"{len(differing)} of {layers} layers have tensors in the file that do another thing than the unmerged "
             f"adapter, {differing[0]} among them."
         )
-    found = _judge(expected, plain, without, swapped, spoiled, weights, exact=exact, failures=failures)
+    found = _judge(expected, plain, deployed, weights, exact=not packed and in_float32, failures=failures)
+    exactly = None
+    if strict is not None:
+        wrong: list[str] = []
+        narrow = 0.0 if in_float32 else _BASE_FACTOR * _distance(strict.without, plain)
+        finest = max(rounding, narrow)
+        strictly = replace(expected, tolerance=finest if finest < inf else 0.0)
+        exactly = _judge(strictly, plain, strict, weights, exact=in_float32, failures=wrong)
+        failures += [f"With the graph's activations in floats: {one[0].lower()}{one[1:]}" for one in wrong]
+    if half is not None and (strict is not None or not packed):
+        failures += _beyond(half, (strict or deployed).without, plain, distributions)
+    swapped, without, spoiled = deployed.swapped, deployed.without, deployed.spoiled
     # To the bit: however coarsely the graph computes, what it takes in shows.
     if rounding < (found.effect_max_abs or 0) and _distance(swapped.answers, without) == 0:
         failures.append("The graph answers as it does without the adapter: it is ignored.")
@@ -197,7 +229,30 @@ def check_swap(
         lost_kl=lost_kl,
         layers=layers,
         layers_equal=equal,
+        exact_max_abs=exactly.max_abs if exactly else None,
+        exact_tolerance=exactly.tolerance if exactly else None,
+        exact_kl=exactly.kl if exactly else None,
     )
+
+
+@dataclass(frozen=True)
+class _Runs:
+    """Of ONNX Runtime: without an adapter, with it, and with it as if its magnitude were ignored, None for LoRA."""
+
+    without: list[torch.Tensor]
+    swapped: Got
+    spoiled: list[torch.Tensor] | None
+
+
+def _beyond(
+    limits: tuple[float, float], without: Sequence[torch.Tensor], plain: Sequence[torch.Tensor], distributions: bool
+) -> Iterator[str]:
+    """What is wrong with a base in half precision, whose error else would excuse the adapter's."""
+    distance, kl = _distance(without, plain), _kl(without, plain, distributions)
+    if distance > limits[0]:
+        yield f"Without an adapter the graph differs from torch by {distance:.3g}, and {limits[0]:.3g} is allowed."
+    if kl is not None and kl > limits[1]:
+        yield f"Without an adapter the KL divergence from torch is {kl:.3g}, and {limits[1]:.3g} is allowed."
 
 
 def _tolerance(wanted: Sequence[torch.Tensor], moved: Sequence[torch.Tensor]) -> float:
@@ -224,32 +279,17 @@ def _scales(file: AdapterFile) -> bool:
     return any(float(np.abs(np.asarray(one, dtype=np.float32) - 1).max(initial=0)) > 0.02 for one in scales)
 
 
-def _serve_the_same(model: Any, packed: Sequence[Linear]) -> None:
-    """Give the torch model the numbers that the graph's codes stand for."""
-    modules = dict(model.named_modules())
-    for linear in packed:
-        weight = modules[linear.module].weight
-        shared = [one.weight for one in modules.values() if getattr(one, "weight", None) is weight]
-        if len(shared) > 1:  # a tied head of which the graph quantized this side alone
-            weight = modules[linear.module].weight = copy.deepcopy(weight)
-        flipped = tuple(weight.shape) != (linear.out_features, linear.in_features) or is_conv1d(modules[linear.module])
-        target = weight.data.T if flipped else weight.data
-        for start, rows in weight_blocks(linear):
-            target[start : start + len(rows)] = rows.to(target)
-
-
 def _judge(
     expected: Expected,
     plain: Sequence[torch.Tensor],
-    without: Sequence[torch.Tensor],
-    swapped: Got,
-    spoiled: Sequence[torch.Tensor] | None,
+    runs: _Runs,
     weights: Weights,
     *,
     exact: bool,
     failures: list[str],
 ) -> SwapCheck:
     wanted, tolerance = expected.answers, expected.tolerance
+    without, swapped, spoiled = runs.without, runs.swapped, runs.spoiled
     base_max_abs, base_kl = _distance(without, plain), _kl(without, plain, expected.distributions)
     kl_limit = None if base_kl is None else FLOAT32_KL if exact else max(FLOAT32_KL, _BASE_FACTOR * base_kl)
     if exact and base_kl is not None and base_kl > FLOAT32_KL:

@@ -21,10 +21,10 @@ from exporters.manifest import read_record
 from exporters.onnx.architectures import architecture_of, kind_of
 from exporters.onnx.export import OnnxExport, export_onnx
 from exporters.onnx.genai import copy_missing, export_genai
+from exporters.onnx.linears import Linear, find_linears
 from exporters.onnx.options import OnnxOptions
 from exporters.onnx_adapters.adapter_file import SlottedBase, WrittenAdapter, open_slotted, write_adapter
 from exporters.onnx_adapters.fitting import adapted_layers, unservable
-from exporters.onnx_adapters.linears import Linear, find_linears
 from exporters.onnx_adapters.naming import ADAPTERS, SUFFIX, file_stem
 from exporters.onnx_adapters.options import SlotOptions
 from exporters.onnx_adapters.slots import insert_slots

@@ -18,8 +18,8 @@ from dora_serve.progress import OnProgress, Progress, ignore_progress
 from dora_serve.resolve import HINTED_PROBLEMS
 from dora_serve.row_order import in_base_order
 from dora_serve.safetensors_file import TensorEntry
-from exporters.onnx_adapters.linears import Linear
-from exporters.onnx_adapters.weights import array_of, weight_blocks
+from exporters.onnx.linears import Linear
+from exporters.onnx.weight_blocks import array_of, weight_blocks
 
 if TYPE_CHECKING:
     from pathlib import Path

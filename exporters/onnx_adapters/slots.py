@@ -15,9 +15,9 @@ import numpy as np
 
 from dora_serve.errors import UnavailableError
 from dora_serve.onnx_engine.slots import ADAPTER_IDS, METADATA_KEY, Slot, SlotTable
-from exporters.onnx_adapters.linears import Linear, find_linears
+from exporters.onnx.linears import Linear, find_linears
+from exporters.onnx_adapters.fingerprint import SLOT_CONSTANTS, fingerprint
 from exporters.onnx_adapters.options import SlotOptions
-from exporters.onnx_adapters.weights import SLOT_CONSTANTS, fingerprint
 
 if TYPE_CHECKING:
     import onnx_ir

@@ -44,6 +44,15 @@ class Got:
 
 
 @dataclass(frozen=True)
+class Exact:
+    """How far a quantized graph with float activations is from torch on the numbers of its codes, and may be."""
+
+    max_abs: float
+    tolerance: float
+    kl: float | None
+
+
+@dataclass(frozen=True)
 class Weights:
     """How many weights the graphs have, and how many of them are the checkpoint's."""
 

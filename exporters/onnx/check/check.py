@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING
 from dora_serve.errors import CheckpointError, no_such_path
 from dora_serve.onnx_engine.genai_runner import is_genai
 from exporters.onnx.architectures import architecture_of
-from exporters.onnx.check.answers import Got, Inputs, Weights
-from exporters.onnx.check.comparing import compare
+from exporters.onnx.check.answers import Expected, Got, Inputs, Weights
+from exporters.onnx.check.coded_weights import serve_codes
+from exporters.onnx.check.comparing import compare, compare_exactly
 from exporters.onnx.check.genai_runner import GenaiRunner
 from exporters.onnx.check.memory import why_not_run
 from exporters.onnx.check.onnx_side import Runner, run_onnx
 from exporters.onnx.check.report import OnnxCheck
 from exporters.onnx.check.row_weights import compare_rows, is_quantized_by_another
+from exporters.onnx.check.session import Opening
 from exporters.onnx.check.structure import check_structure
 from exporters.onnx.check.torch_side import half_limits, run_torch
 from exporters.onnx.check.weights import compare_weights, numbers_of, storage_dtype
@@ -49,8 +51,9 @@ def check_onnx(
     expression in different orders, so both err by about as much as torch's float32 differs from its float64, at most
     over these prompts. Eight times that is allowed between them, because the largest of many errors varies by a few
     times, and at least 16 spacings of float32 at the largest logit; of KL 1e-8. In half precision four times as much is
-    allowed as torch itself loses by computing in it. Quantized weights have no tolerance: every one is compared with
-    the checkpoint's, the runs with each other, and the loss is measured (kl, perplexity, top1).
+    allowed as torch itself loses by computing in it. What quantizing loses has no tolerance: it is measured (kl,
+    perplexity, top1). But every code is compared with the checkpoint's weight, and the graph, its activations left in
+    floats, with torch on the numbers that the codes stand for, as strictly as a graph of whole weights.
 
     reference_logits: float32 (tokens, vocabulary) per prompt, of the unmerged model. ONNX Runtime may be no further
     from them than torch on the merged folder is, nor than one rounding of the weights explains, plus the tolerance.
@@ -103,13 +106,18 @@ def check_onnx(
             expected = replace(expected, tolerance=tolerance, kl_limit=kl_limit)
         if reason := _no_provider(dtype, device):
             return _not_run(dtype, weights, reason, len(samples), failures)
+        coded = _run_coded(graphs, model_folder, dtype, device, samples) if quantize else None
         tell("running ONNX Runtime")
 
-        def genai_runner() -> Runner:
-            return GenaiRunner(folder, device, architecture, samples, genai_python)
+        def genai_runner(opening: Opening) -> Runner:
+            return GenaiRunner(folder, architecture, opening, samples, genai_python)
 
         make = genai_runner if genai else None
-        got: Got = run_onnx(folder, device, architecture, samples, greedy_tokens, failures, make=make)
+        got: Got = run_onnx(folder, architecture, Opening(device), samples, greedy_tokens, failures, make)
+        exact = None
+        if coded is not None and got.answers:
+            exactly = run_onnx(folder, architecture, Opening(device, exact=True), samples, 0, failures, make)
+            exact = compare_exactly(coded, exactly, failures)
     return compare(
         expected,
         got,
@@ -117,11 +125,33 @@ def check_onnx(
         samples,
         dtype=dtype,
         quantize=quantize,
+        exact=exact,
         reference_logits=reference_logits,
         greedy_tokens=greedy_tokens,
         max_kl=max_kl,
         failures=failures,
     )
+
+
+def _run_coded(
+    graphs: Sequence[Path], model_folder: Path, dtype: str, device: str, samples: Sequence[Inputs]
+) -> Expected | None:
+    """What torch computes with the numbers that the codes stand for; None where some have no place in its model."""
+    import torch
+
+    model = load_model(model_folder, attention="eager", experts="eager")
+    if serve_codes(graphs, model):
+        return None
+    torch.nn.Module.to(model, device)
+    expected = run_torch(model, samples, 0, None)
+    del model
+    if dtype == "float32":
+        return expected
+    half = getattr(torch, dtype)
+    tolerance, kl_limit = half_limits(
+        model_folder, half, device, samples, expected, lambda model: serve_codes(graphs, model)
+    )
+    return replace(expected, tolerance=tolerance, kl_limit=kl_limit)
 
 
 def compare_any(

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from math import inf
+from typing import TypeAlias
 
 import torch
 
-from exporters.onnx.check.answers import Expected, Got, Inputs, Weights, token_ids
+from exporters.onnx.check.answers import Exact, Expected, Got, Inputs, Weights, token_ids
 from exporters.onnx.check.distances import kl_divergence, max_abs_difference, mean_abs_difference, top1_agreement
 from exporters.onnx.check.report import OnnxCheck
 
@@ -27,15 +28,16 @@ def compare(
     *,
     dtype: str,
     quantize: str | None,
+    exact: Exact | None,
     reference_logits: Sequence[torch.Tensor] | None,
     greedy_tokens: int,
     max_kl: float | None,
     failures: list[str],
 ) -> OnnxCheck:
-    """The report; what does not hold is added to `failures` first. quantize: None where every weight is whole."""
-    pairs = list(zip(got.answers, expected.answers, strict=bool(got.answers)))
-    decode = [*zip(got.decoded, expected.answers, strict=bool(got.decoded))]
-    padded = [(answer, expected.answers[number]) for number, answer in got.padded]
+    """The report; what does not hold is added to `failures` first. quantize: None where every weight is whole. exact:
+    what `compare_exactly` found of one that is not.
+    """
+    pairs, decode, padded = _paired(expected, got)
     max_abs = _largest(pairs)
     if max_abs == inf and got.answers:
         failures.append("A whole prompt gives values that are not finite, or of another shape.")
@@ -43,11 +45,7 @@ def compare(
     kl = (kl_divergence(pairs) if comparable else inf) if expected.distributions else None
     kl_limit = max_kl if max_kl is not None else None if quantize else expected.kl_limit
     if quantize is None:
-        _judge("A whole prompt differs from torch", max_abs, expected.tolerance, failures, pairs)
-        _judge(
-            "A prompt fed through the cache differs from torch", _largest(decode), expected.tolerance, failures, decode
-        )
-        _judge("A prompt in a padded batch differs from torch", _largest(padded), expected.tolerance, failures, padded)
+        _judge_all("", expected, got, failures)
     elif comparable:
         allowed = max(expected.tolerance, _QUANTIZED_PART * max_abs)
         own = [*zip(got.decoded, got.answers, strict=bool(got.decoded))]
@@ -89,8 +87,52 @@ def compare(
         provider=got.provider,
         tolerance=None if quantize else expected.tolerance,
         kl_limit=kl_limit if kl is not None else None,
+        exact_max_abs=exact.max_abs if exact else None,
+        exact_tolerance=exact.tolerance if exact else None,
+        exact_kl=exact.kl if exact else None,
         failures=tuple(failures),
     )
+
+
+def compare_exactly(expected: Expected, got: Got, failures: list[str]) -> Exact:
+    """A quantized graph run with float activations against torch on the numbers of its codes, as one of whole weights.
+
+    What does not hold is added to `failures`: the codes are the right ones or not, and this is about the rest.
+    """
+    pairs, decode, padded = _paired(expected, got)
+    largest = max(map(_largest, (each for each in (pairs, decode, padded) if each)), default=inf)
+    _judge_all("With its activations in floats, ", expected, got, failures)
+    kl = kl_divergence(pairs) if expected.distributions and largest < inf else None
+    if kl is not None and kl > expected.kl_limit:
+        failures.append(
+            f"With its activations in floats, the predictions are {kl:.3g} nats (mean KL divergence) from torch's on "
+            f"the numbers that the codes stand for; {expected.kl_limit:.3g} is allowed."
+        )
+    return Exact(largest, expected.tolerance, kl)
+
+
+_Pairs: TypeAlias = "list[tuple[torch.Tensor, torch.Tensor]]"
+
+
+def _paired(expected: Expected, got: Got) -> tuple[_Pairs, _Pairs, _Pairs]:
+    """Answers of whole prompts, through the cache and in a padded batch, each with torch's."""
+    return (
+        list(zip(got.answers, expected.answers, strict=bool(got.answers))),
+        list(zip(got.decoded, expected.answers, strict=bool(got.decoded))),
+        [(answer, expected.answers[number]) for number, answer in got.padded],
+    )
+
+
+def _judge_all(how: str, expected: Expected, got: Got, failures: list[str]) -> None:
+    pairs, decode, padded = _paired(expected, got)
+    of = " on the numbers that the codes stand for" if how else ""
+    for what, found in (
+        ("a whole prompt", pairs),
+        ("a prompt fed through the cache", decode),
+        ("a prompt in a padded batch", padded),
+    ):
+        said = f"{how}{what} differs from torch{of}"
+        _judge(said[0].upper() + said[1:], _largest(found), expected.tolerance, failures, found)
 
 
 def _largest(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> float:

@@ -19,7 +19,7 @@ from dora_serve.model_classes import ModelClass
 from exporters.onnx.check.answers import Weights
 from exporters.onnx.check.distances import max_abs_difference
 from exporters.onnx.check.memory import why_not_run
-from exporters.onnx.check.session import Refusal, Session
+from exporters.onnx.check.session import Opening, Refusal, Session
 from exporters.onnx.check.structure import check_structure
 from exporters.onnx.check.torch_side import round_at_random
 from exporters.onnx.check.weights import compare_weights, numbers_of
@@ -129,7 +129,7 @@ def _check_graph(
     del model
     gc.collect()
     try:
-        session = Session(graph, device)
+        session = Session(graph, Opening(device))
         got = [_onnx_outputs(session, sample) for sample in samples]
         single, batch = list(got[:-1]), got[-1:]
         ours = [_onnx_outputs(session, sample) for sample, _, _ in recorded]

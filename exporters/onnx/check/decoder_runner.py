@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import torch
 
-from dora_serve.onnx_engine.adapters import Feeding
 from exporters.onnx.check.answers import Inputs, token_ids
-from exporters.onnx.check.session import NOTHING, Refusal, Session
+from exporters.onnx.check.session import Opening, Refusal, Session
 from exporters.onnx.saving import MODEL_FILE
 
 if TYPE_CHECKING:
@@ -26,8 +25,8 @@ _SINGLE_STEPS = 8  # tokens at the end of each prompt that are fed one at a time
 class DecoderRunner:
     """`model.onnx` of a folder."""
 
-    def __init__(self, folder: Path, device: str, architecture: str, feeding: Feeding = NOTHING) -> None:
-        self._session = Session(folder / MODEL_FILE, device, feeding)
+    def __init__(self, folder: Path, architecture: str, opening: Opening) -> None:
+        self._session = Session(folder / MODEL_FILE, opening)
         self.provider = self._session.provider
         if "logits" not in self._session.outputs:
             raise Refusal("it has no output logits")

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import torch
 
-from dora_serve.onnx_engine.adapters import Feeding
 from exporters.onnx.check.answers import Inputs, token_ids
 from exporters.onnx.check.decoder_runner import steps
-from exporters.onnx.check.session import NOTHING, Session
+from exporters.onnx.check.session import Opening, Session
 from exporters.onnx.encoder_decoder import DECODER_FILE, ENCODER_FILE
 
 if TYPE_CHECKING:
@@ -26,10 +25,10 @@ _PADDING = 3
 class EncoderDecoderRunner:
     """Both graphs of a folder."""
 
-    def __init__(self, folder: Path, device: str, architecture: str, feeding: Feeding = NOTHING) -> None:
+    def __init__(self, folder: Path, architecture: str, opening: Opening) -> None:
         self._encoder, self._decoder = (
-            Session(folder / ENCODER_FILE, device, feeding),
-            Session(folder / DECODER_FILE, device, feeding),
+            Session(folder / ENCODER_FILE, opening),
+            Session(folder / DECODER_FILE, opening),
         )
         self.provider = self._decoder.provider
 

@@ -9,10 +9,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dora_serve.onnx_engine.adapters import Feeding
 from exporters.onnx.check.answers import Inputs, token_ids
 from exporters.onnx.check.decoder_runner import DecoderRunner
-from exporters.onnx.check.session import NOTHING
+from exporters.onnx.check.session import Opening
 from exporters.onnx.genai import generate
 
 _PADDING = 3
@@ -24,21 +23,20 @@ class GenaiRunner(DecoderRunner):
     def __init__(
         self,
         folder: Path,
-        device: str,
         architecture: str,
+        opening: Opening,
         samples: Sequence[Inputs],
         python: str | None,
-        feeding: Feeding = NOTHING,
         adapter: Path | None = None,
     ) -> None:
-        """python: of the runtime's environment. adapter: the file that `feeding` is of."""
-        super().__init__(folder, device, architecture, feeding)
+        """python: of the runtime's environment. adapter: the file that is fed."""
+        super().__init__(folder, architecture, opening)
         self._folder, self._python, self._adapter = folder, python, adapter
         config = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))
         self._session.head_size = int(config["model"]["decoder"]["head_size"])
         # The runtime runs a folder where it was made for, and nowhere else.
         elsewhere = bool(config["model"]["decoder"]["session_options"].get("provider_options"))
-        self._runs_here = device.startswith("cuda") or not elsewhere
+        self._runs_here = opening.device.startswith("cuda") or not elsewhere
         self._prompts = [token_ids(sample) for sample in samples]
         self._continued: list[list[int]] | None = None
 
@@ -52,7 +50,7 @@ class GenaiRunner(DecoderRunner):
         return [torch.from_numpy(logits[number, : len(row)]).float() for number, row in enumerate(rows)]
 
     def greedy(self, inputs: Inputs, count: int) -> list[int]:
-        if not self._runs_here:
+        if not self._runs_here or not count:
             return super().greedy(inputs, count)
         if self._continued is None:  # one process for all of them
             self._continued = generate(self._folder, self._prompts, count, self._python, self._adapter)

@@ -9,13 +9,12 @@ from typing import Protocol
 
 import torch
 
-from dora_serve.onnx_engine.adapters import Feeding
 from exporters.onnx.architectures import Kind, kind_of
 from exporters.onnx.check.answers import Got, Inputs
 from exporters.onnx.check.decoder_runner import DecoderRunner
 from exporters.onnx.check.encoder_decoder_runner import EncoderDecoderRunner
 from exporters.onnx.check.plain_runner import PlainRunner
-from exporters.onnx.check.session import NOTHING, Refusal
+from exporters.onnx.check.session import Opening, Refusal
 from exporters.onnx.check.vision_language_runner import VisionLanguageRunner
 
 _BATCH = 4
@@ -39,7 +38,7 @@ class Runner(Protocol):
     def greedy(self, inputs: Inputs, count: int) -> list[int]: ...
 
 
-_RUNNERS: Mapping[Kind, Callable[[Path, str, str, Feeding], Runner]] = {
+_RUNNERS: Mapping[Kind, Callable[[Path, str, Opening], Runner]] = {
     "decoder": DecoderRunner,
     "encoder-decoder": EncoderDecoderRunner,
     "vision-language": VisionLanguageRunner,
@@ -49,20 +48,19 @@ _RUNNERS: Mapping[Kind, Callable[[Path, str, str, Feeding], Runner]] = {
 
 def run_onnx(
     folder: Path,
-    device: str,
     architecture: str,
+    opening: Opening,
     samples: Sequence[Inputs],
     greedy_tokens: int,
     failures: list[str],
-    feeding: Feeding = NOTHING,
-    make: Callable[[], Runner] | None = None,
+    make: Callable[[Opening], Runner] | None = None,
 ) -> Got:
     """Everything that ONNX Runtime is to compute; what it refuses goes to `failures`.
 
     make: the runner, where it is not the one of the architecture's kind.
     """
     try:
-        runner = make() if make else _RUNNERS[kind_of(architecture)](folder, device, architecture, feeding)
+        runner = make(opening) if make else _RUNNERS[kind_of(architecture)](folder, architecture, opening)
         answers = [runner.whole(sample) for sample in samples]
         steps = [runner.stepwise(sample) for sample in samples]
         began = time.perf_counter()
@@ -85,16 +83,15 @@ def run_onnx(
 
 def whole_answers(
     folder: Path,
-    device: str,
     architecture: str,
+    opening: Opening,
     samples: Sequence[Inputs],
     failures: list[str],
-    feeding: Feeding = NOTHING,
-    make: Callable[[], Runner] | None = None,
+    make: Callable[[Opening], Runner] | None = None,
 ) -> list[torch.Tensor]:
     """The answers on whole prompts alone, none where ONNX Runtime cannot give them. make: as for `run_onnx`."""
     try:
-        runner = make() if make else _RUNNERS[kind_of(architecture)](folder, device, architecture, feeding)
+        runner = make(opening) if make else _RUNNERS[kind_of(architecture)](folder, architecture, opening)
         return [runner.whole(sample) for sample in samples]
     except Refusal as refusal:
         failures.append(f"ONNX Runtime cannot run the model: {refusal}.")

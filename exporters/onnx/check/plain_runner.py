@@ -8,10 +8,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dora_serve.onnx_engine.adapters import Feeding
 from exporters.onnx.architectures import output_names
 from exporters.onnx.check.answers import Inputs, answer_of, token_ids
-from exporters.onnx.check.session import NOTHING, Refusal, Session
+from exporters.onnx.check.session import Opening, Refusal, Session
 from exporters.onnx.saving import MODEL_FILE
 
 _PADDING = 3
@@ -20,8 +19,8 @@ _PADDING = 3
 class PlainRunner:
     """`model.onnx` of a folder."""
 
-    def __init__(self, folder: Path, device: str, architecture: str, feeding: Feeding = NOTHING) -> None:
-        self._session = Session(folder / MODEL_FILE, device, feeding)
+    def __init__(self, folder: Path, architecture: str, opening: Opening) -> None:
+        self._session = Session(folder / MODEL_FILE, opening)
         self._architecture = architecture
         self.provider = self._session.provider
         required = [name for name in output_names(architecture) if name != "pooler_output"]

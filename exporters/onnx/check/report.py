@@ -21,6 +21,9 @@ class OnnxCheck:
         graph's dtype, or its transpose, bit for bit; a quantized one within the step of its scale, which must be the
         checkpoint's. Stacked experts are compared with the stack that transformers makes.
     reference_max_abs: distance from the given logits of the unmerged model; reference_limit: what was allowed.
+    exact_max_abs, exact_tolerance, exact_kl: of quantized weights, the largest difference of all of these runs with
+        activations left in floats from torch on the numbers that the codes stand for, what was allowed, and the KL
+        divergence of whole prompts; None where codes have no place in torch's model.
     tolerance: for every difference but the reference's, None for quantized weights, whose loss is measured instead;
         check_onnx says where it comes from. kl_limit: what was allowed of kl.
     not_run: a sentence for each part that this machine could not run. failures: one for each thing that does not hold;
@@ -50,6 +53,9 @@ class OnnxCheck:
     torch_tokens_per_second: float | None = None
     reference_max_abs: float | None = None
     reference_limit: float | None = None
+    exact_max_abs: float | None = None
+    exact_tolerance: float | None = None
+    exact_kl: float | None = None
     provider: str = "none"
     tolerance: float | None = None
     kl_limit: float | None = None

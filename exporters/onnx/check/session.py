@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -33,21 +34,38 @@ class _Nothing:
 NOTHING: Feeding = _Nothing()
 
 
+@dataclass(frozen=True)
+class Opening:
+    """How graphs are opened and fed. device: "cuda" takes ONNX Runtime's CUDA provider where it has one.
+
+    exact: products with codes round no activations, as their fast kernels do. What a graph computes then differs from
+    torch's, on the numbers that the codes stand for, by the order of its sums alone.
+    """
+
+    device: str
+    feeding: Feeding = NOTHING
+    exact: bool = False
+
+
 class Session:
     """One graph. A cache maps input names to arrays, and is empty for a graph without."""
 
-    def __init__(self, path: Path, device: str, feeding: Feeding = NOTHING) -> None:
+    def __init__(self, path: Path, opening: Opening) -> None:
         import onnxruntime
 
-        self._feeding = feeding
+        self._feeding = opening.feeding
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4  # its errors are raised as well, and a library does not print
         # Threads that wait by spinning take the cores from whatever else runs here.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         providers: list[Any] = ["CPUExecutionProvider"]
-        if device.startswith("cuda") and "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        if opening.device.startswith("cuda") and "CUDAExecutionProvider" in onnxruntime.get_available_providers():
             providers.insert(0, ("CUDAExecutionProvider", {"use_tf32": "0"}))
-        self._session = _or_refusal(lambda: onnxruntime.InferenceSession(path, options, providers=providers))
+        graph: Path | bytes = path
+        if opening.exact:
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
+            graph = _with_exact_products(path)
+        self._session = _or_refusal(lambda: onnxruntime.InferenceSession(graph, options, providers=providers))
         self.provider: str = self._session.get_providers()[0]
         self.outputs = [output.name for output in self._session.get_outputs()]
         self.inputs = {each.name: each for each in self._session.get_inputs()}
@@ -77,6 +95,24 @@ class Session:
             raise Refusal("it takes a cache and gives none back")
         grown = {name: named.pop(present) for name, present in presents.items()}
         return named, grown
+
+
+def _with_exact_products(path: Path) -> bytes:
+    """The graph, its MatMulNBits at an accuracy level of the dtype of their inputs."""
+    import onnx
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except (DecodeError, OSError) as error:
+        raise Refusal(str(error)) from error
+    for node in model.graph.node:
+        if node.op_type == "MatMulNBits":
+            for attribute in node.attribute:
+                if attribute.name == "accuracy_level":
+                    attribute.i = 0
+    contents: bytes = model.SerializeToString()
+    return contents
 
 
 def _or_refusal(call: Callable[[], Any]) -> Any:

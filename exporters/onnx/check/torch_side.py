@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from math import inf
 from pathlib import Path
@@ -65,10 +65,19 @@ def run_torch(
 
 
 def half_limits(
-    folder: Path, dtype: torch.dtype, device: str, samples: Sequence[Inputs], expected: Expected
+    folder: Path,
+    dtype: torch.dtype,
+    device: str,
+    samples: Sequence[Inputs],
+    expected: Expected,
+    change: Callable[[PreTrainedModel], object] = lambda model: None,
 ) -> tuple[float, float]:
-    """(tolerance, KL limit) of a graph in `dtype`: what computing in it costs torch, times a factor."""
+    """(tolerance, KL limit) of a graph in `dtype`: what computing in it costs torch, times a factor.
+
+    change: what was done to the model that `expected` is of.
+    """
     model = load_model(folder, attention="eager", experts="eager", dtype=dtype)
+    change(model)
     torch.nn.Module.to(model, device)
     pairs = [(torch_answer(model, sample), answer) for sample, answer in zip(samples, expected.answers, strict=True)]
     largest = max(max_abs_difference(one, other) for one, other in pairs)

@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import torch
 
-from dora_serve.onnx_engine.adapters import Feeding
 from exporters.onnx.check.answers import Inputs, token_ids
 from exporters.onnx.check.decoder_runner import left_padded, positions, steps
-from exporters.onnx.check.session import NOTHING, Refusal, Session
+from exporters.onnx.check.session import Opening, Refusal, Session
 from exporters.onnx.encoder_decoder import DECODER_FILE
 from exporters.onnx.vision_language import EMBEDDING_FILE, VISION_FILE
 
@@ -29,10 +28,10 @@ _IMAGE_TOKEN_KEYS = ("image_token_id", "image_token_index")
 class VisionLanguageRunner:
     """All three graphs of a folder, and its config.json, which names the image token."""
 
-    def __init__(self, folder: Path, device: str, architecture: str, feeding: Feeding = NOTHING) -> None:
-        self._vision = Session(folder / VISION_FILE, device, feeding)
-        self._embedding = Session(folder / EMBEDDING_FILE, device, feeding)
-        self._decoder = Session(folder / DECODER_FILE, device, feeding)
+    def __init__(self, folder: Path, architecture: str, opening: Opening) -> None:
+        self._vision = Session(folder / VISION_FILE, opening)
+        self._embedding = Session(folder / EMBEDDING_FILE, opening)
+        self._decoder = Session(folder / DECODER_FILE, opening)
         self.provider = self._decoder.provider
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         found = [config[key] for key in _IMAGE_TOKEN_KEYS if isinstance(config.get(key), int)]

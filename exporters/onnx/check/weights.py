@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 # A symmetric scale is the largest element of its block over the most negative integer, whose opposite is one too many:
 # what would be there is a whole step away, and all else at most half of one.
 _STEPS = 1e-3
-_SCALE_ERROR = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 _LARGE = 1 << 16
 _COMPUTED = re.compile(r"val_\d+$")
 """What torch's exporter calls a value without a name in the model, such as a table of positions that was computed."""
@@ -218,7 +217,7 @@ def _is_quantized(
     padded = torch.nn.functional.pad(matrix, (0, -matrix.shape[-1] % 32))
     if form.part == "scales":
         wanted = padded.unflatten(-1, block).abs().amax(-1) / (1 << (form.bits - 1))
-        return bool(((scale.float().abs() - wanted).abs() <= _SCALE_ERROR[scale.dtype] * wanted).all())
+        return torch.equal(scale.abs(), wanted.to(scale.dtype))  # exact but for the cast: a power of two divides
     codes = dequantize_rows(stored, torch.ones_like(scale), form.bits, matrix.shape[-1])
     steps = matrix / scale.float().repeat_interleave(32, -1)[..., : matrix.shape[-1]]
     wanted = torch.where(matrix == 0, 0.0, steps)  # a block of zeros has the scale 0

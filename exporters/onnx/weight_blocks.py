@@ -1,4 +1,4 @@
-"""The weights that a graph serves, a block of output rows at a time, and the fingerprint of all of them.
+"""The weights that a graph serves, a block of output rows at a time.
 
 Nothing is held: external data is a mapped file. A quantized weight is read as the numbers that its codes stand for,
 since those are what the graph multiplies with and what a DoRA norm is taken over.
@@ -6,7 +6,6 @@ since those are what the graph multiplies with and what a DoRA norm is taken ove
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dora_serve.errors import CheckpointError
-from exporters.onnx_adapters.linears import Linear, is_parameter
+from exporters.onnx.linears import Linear
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -23,8 +22,6 @@ if TYPE_CHECKING:
 
     Array: TypeAlias = NDArray[Any]
 
-SLOT_CONSTANTS = "slots."
-"""Begins the names of what the slots of a graph bring with them, which is no weight of the base."""
 _BLOCK_ELEMENTS = 1 << 22
 
 
@@ -57,25 +54,6 @@ def array_of(value: onnx_ir.Value) -> Array:
             remedy="The external data beside the graph is missing or too short: export the base again.",
             tensor=value.name,
         ) from error
-
-
-def fingerprint(model: onnx_ir.Model) -> str:
-    """sha256 (hexadecimal) over name, dtype, shape and bytes of every parameter of the graph, in order of name; the
-    same with slots and without.
-
-    Two exports have the same where they serve the same base in the same way, so that an adapter's norms fit both.
-    """
-    digest = hashlib.sha256()
-    for name in sorted(model.graph.initializers):
-        value = model.graph.initializers[name]
-        if not is_parameter(value) or value.const_value is None or name.startswith(SLOT_CONSTANTS):
-            continue
-        tensor = value.const_value
-        digest.update(f"{name}\0{tensor.dtype}\0{list(tensor.shape)}\0".encode())
-        values = np.ascontiguousarray(array_of(value))
-        if values.size:
-            digest.update(values.reshape(-1).view(np.uint8).data)
-    return digest.hexdigest()
 
 
 class _Packed:
