@@ -5,6 +5,7 @@ What a capture forbids is refused: a number that Python reads off a tensor, and 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,9 @@ _FORBIDDEN = {
     torch.ops.aten.lift_fresh.default: "makes a tensor of Python's numbers",
     torch.ops.aten.nonzero.default: "has a shape that depends on its data",
 }
+
+
+_ONE_AT_A_TIME = threading.Lock()
 
 
 class CannotBeRecorded(RuntimeError):
@@ -41,9 +45,9 @@ class _Log(TorchDispatchMode):
 def record(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
     step()
     # These read a tensor of the CPU without an operator; of a GPU they copy it first, which a capture forbids.
-    with _Log() as log, pytest.MonkeyPatch.context() as forbidden:
+    with _ONE_AT_A_TIME, _Log() as log, pytest.MonkeyPatch.context() as forbidden:
         for name in ("tolist", "numpy"):
-            forbidden.setattr(Tensor, name, _refuse)
+            forbidden.setattr(Tensor, name, _refused_here(getattr(Tensor, name)))
         answer = step()
 
     @torch.inference_mode()
@@ -59,8 +63,16 @@ def record(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
     return replay
 
 
-def _refuse(*_: Any, **__: Any) -> Any:
-    raise CannotBeRecorded("Python reads numbers off a tensor")
+def _refused_here(method: Callable[..., Any]) -> Callable[..., Any]:
+    """The method for other threads, which go on meanwhile."""
+    recording = threading.get_ident()
+
+    def refused(*args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() == recording:
+            raise CannotBeRecorded("Python reads numbers off a tensor")
+        return method(*args, **kwargs)
+
+    return refused
 
 
 def _is_tensor(value: Any) -> bool:
