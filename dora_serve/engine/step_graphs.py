@@ -228,7 +228,7 @@ class StepGraphs:
         self._record, self._run = record, run
         self._embeddings, self._close_enough = frozenset(embeddings), close_enough
         self._known: weakref.WeakKeyDictionary[FixedCache, _Known] = weakref.WeakKeyDictionary()
-        self._kinds: weakref.WeakKeyDictionary[Batch, _Kind] = weakref.WeakKeyDictionary()
+        self._kinds: weakref.WeakKeyDictionary[Batch, _Kind | None] = weakref.WeakKeyDictionary()
         self.why_not: str | None = None
         self.replayed = 0
 
@@ -237,10 +237,12 @@ class StepGraphs:
         """The logits (count, vocabulary) of a step. plain: the model's own answer."""
         if self.why_not is not None:
             return plain()
-        rows, kind = batch.rows, self._kinds.get(batch)
-        if kind is None:  # a batch is the same object until the rows change
-            self._kinds[batch] = kind = _kind_of(rows)
-        if any(name in self._embeddings for name, *_ in kind.layers):
+        rows = batch.rows
+        if batch not in self._kinds:  # it is the same object until the rows change
+            found = _kind_of(rows)
+            self._kinds[batch] = None if any(name in self._embeddings for name, *_ in found.layers) else found
+        kind = self._kinds[batch]
+        if kind is None:
             return plain()
         known = self._known.get(cache)
         if known is None or known.moves != cache.moves:
