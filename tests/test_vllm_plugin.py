@@ -115,6 +115,34 @@ def test_the_tokens_of_a_dora_alone_are_scaled_and_rounded_once(dtype: torch.dty
         assert not torch.equal(rows[token], before[token])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("adapters", [(7, 8, 0), (7,)], ids=["three kinds", "one DoRA"])
+def test_a_long_batch_is_scaled_as_its_tokens_are_one_by_one(
+    dtype: torch.dtype, with_bias: bool, adapters: tuple[int, ...]
+) -> None:
+    """It goes in blocks, here of 20 tokens, whose last one is not full."""
+    width, tokens = 3200, 50
+    scales = SlotScales(2, width, torch.device("cpu"), torch.linspace(-4, 4, width).to(dtype) if with_bias else None)
+    scales.set(0, torch.linspace(0.5, 1.5, width))
+    ids = [adapters[token % len(adapters)] for token in range(tokens)]
+    slots = torch.tensor([{7: 0, 8: 1, 0: -1}[one] for one in ids])
+    batch = Batch(torch.zeros_like(slots))
+    batch.slots = {0}
+    before = torch.randn(tokens, width, generator=torch.Generator().manual_seed(2)).to(dtype)
+    together, alone = before.clone(), before.clone()
+    batch.update(slots, ids, [7, 8])
+    scale_rows(together, scales.norm_scale, scales.offset, batch.rows, batch.row)
+    for token in range(tokens):
+        batch = Batch(torch.zeros(1, dtype=torch.long))
+        batch.slots = {0}
+        batch.update(slots[token : token + 1], ids[token : token + 1], [7, 8])
+        scale_rows(alone[token : token + 1], scales.norm_scale, scales.offset, batch.rows, batch.row)
+    assert torch.equal(together, alone)
+    changed = (together != before).any(dim=1)
+    assert torch.equal(changed, slots == 0)
+
+
 def test_a_slot_that_is_given_to_a_lora_is_as_new() -> None:
     scales = SlotScales(2, 4, torch.device("cpu"), torch.ones(4))
     fresh = SlotScales(2, 4, torch.device("cpu"), torch.ones(4))

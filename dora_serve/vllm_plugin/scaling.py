@@ -109,12 +109,30 @@ def scale_rows(
         if scale_kernel.AVAILABLE:
             scale_kernel.scale_rows(outputs, norm_scale, offset, rows)
             return
-    if only != SEVERAL and outputs.device.type == "cpu":  # on a device a graph is captured for other rows as well
-        scales, offsets = norm_scale[only], None if offset is None else offset[only]
-    else:
-        chosen = rows[: outputs.shape[0]]
-        scales = norm_scale.index_select(0, chosen)  # a third of what indexing with brackets costs
-        offsets = None if offset is None else offset.index_select(0, chosen)
+    tokens, width = outputs.shape
+    on_host = outputs.device.type == "cpu"  # on a device a graph is captured for other rows as well
+    chosen: Tensor | None = rows
+    if on_host and only != SEVERAL:
+        norm_scale, chosen = norm_scale[only], None
+        offset = None if offset is None else offset[only]
+    if not on_host or tokens * width <= _BLOCK_ELEMENTS:
+        _scale(outputs, norm_scale, offset, None if chosen is None else chosen[:tokens])
+        return
+    # Torch widens and narrows in memory that it takes from the system and gives back, which is dear where it is large.
+    step = max(1, _BLOCK_ELEMENTS // width)
+    for start in range(0, tokens, step):
+        block = outputs[start : start + step]
+        _scale(block, norm_scale, offset, None if chosen is None else chosen[start : start + len(block)])
+
+
+_BLOCK_ELEMENTS = 1 << 16
+
+
+def _scale(outputs: Tensor, scales: Tensor, offsets: Tensor | None, rows: Tensor | None) -> None:
+    """scales, offsets: (slots + 1, width), of which each token has one of `rows`; or (width,) for all tokens."""
+    if rows is not None:
+        scales = scales.index_select(0, rows)  # a third of what indexing with brackets costs
+        offsets = None if offsets is None else offsets.index_select(0, rows)
     if offsets is None:
         torch.mul(outputs, scales, out=outputs)
     else:
