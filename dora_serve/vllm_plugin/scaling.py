@@ -18,32 +18,33 @@ import torch
 from torch import Tensor
 
 NO_DORA, SEVERAL = -1, -2
-"""In `Batch.row`, in place of the row that all tokens have."""
+"""In `Batch.only`, in place of the row that all tokens have."""
 
 
 class Batch:
     """Of one punica wrapper, that is of the layers that see the same tokens: what its current batch needs.
 
     slots: those that hold a DoRA. rows (tokens at most,): the row of each token in `SlotScales`, where the base has
-    the last one. row: the one that all tokens have, SEVERAL, or NO_DORA where no token belongs to a DoRA; a tensor (1,)
-    on the host for the operator. `any_in_use` says for Python that is not compiled whether one does.
+    the last one. only: the row that all tokens have, SEVERAL, or NO_DORA where no token belongs to a DoRA. row: `only`
+    in a tensor (1,) on the host, for the operator. any_in_use: whether a token does.
     """
 
     def __init__(self, token_slots: Tensor) -> None:
         self.slots: set[int] = set()
         self.rows = torch.zeros_like(token_slots)
         self.any_in_use = False
+        self.only = NO_DORA
         self.row = torch.full((1,), NO_DORA, device="cpu")
 
     def update(self, token_slots: Tensor, adapters: Any, adapter_in_slot: list[int | None]) -> None:
         """token_slots: as `rows`, and -1 for the base; adapters: the id of each token's adapter, 0 for none."""
         ids, of_doras = set(adapters), {adapter_in_slot[slot] for slot in self.slots} - {None}
         self.any_in_use = not ids.isdisjoint(of_doras)
-        if not self.any_in_use:
-            self.row.fill_(NO_DORA)
-            return
-        torch.remainder(token_slots, len(adapter_in_slot) + 1, out=self.rows)
-        self.row.fill_(SEVERAL if len(ids) > 1 else adapter_in_slot.index(*ids))
+        self.only = NO_DORA
+        if self.any_in_use:
+            torch.remainder(token_slots, len(adapter_in_slot) + 1, out=self.rows)
+            self.only = SEVERAL if len(ids) > 1 else adapter_in_slot.index(*ids)
+        self.row.fill_(self.only)
 
 
 class SlotScales:
@@ -82,12 +83,11 @@ def scale_output(layer: Any, output: Tensor) -> Tensor:
     """What a layer of vLLM's answers, in place: output (..., width)."""
     batch, scales = layer.punica_wrapper.dora, layer.slot_scales
     if torch.compiler.is_compiling():  # Python is not looked at again: the operator looks for itself
-        scale: Any = torch.ops.dora_serve.scale_rows
+        flat = output.view(-1, output.shape[-1])
+        torch.ops.dora_serve.scale_rows(flat, scales.norm_scale, scales.offset, batch.rows, batch.row)
     elif batch.any_in_use and scales.slots:
-        scale = scale_rows
-    else:
-        return output
-    scale(output.view(-1, output.shape[-1]), scales.norm_scale, scales.offset, batch.rows, batch.row)
+        flat = output if output.ndim == 2 else output.view(-1, output.shape[-1])
+        scale_some_rows(flat, scales.norm_scale, scales.offset, batch.rows, batch.only)
     return output
 
 
@@ -101,25 +101,31 @@ def scale_rows(
 ) -> None:
     """outputs (tokens, width) in place; rows (at least tokens,) and row: of `Batch`. In float32, rounded once."""
     only = int(row)
-    if only == NO_DORA:
-        return
-    if outputs.is_cuda:
+    if only != NO_DORA:
+        scale_some_rows(outputs, norm_scale, offset, rows, only)
+
+
+def scale_some_rows(outputs: Tensor, norm_scale: Tensor, offset: Tensor | None, rows: Tensor, only: int) -> None:
+    """As `scale_rows`, where some token belongs to a DoRA. On a CPU it is the calls that cost in a decoding step."""
+    tokens, width = outputs.shape
+    if not outputs.is_cpu:
         from dora_serve.vllm_plugin import scale_kernel
 
-        if scale_kernel.AVAILABLE:
+        if outputs.is_cuda and scale_kernel.AVAILABLE:
             scale_kernel.scale_rows(outputs, norm_scale, offset, rows)
-            return
-    tokens, width = outputs.shape
-    on_host = outputs.device.type == "cpu"  # on a device a graph is captured for other rows as well
+        else:  # `only` is not looked at: a graph that is captured holds for other rows as well
+            _scale(outputs, norm_scale, offset, rows[:tokens])
+        return
     chosen: Tensor | None = rows
-    if on_host and only != SEVERAL:
+    if only != SEVERAL:
         norm_scale, chosen = norm_scale[only], None
         offset = None if offset is None else offset[only]
-    if not on_host or tokens * width <= _BLOCK_ELEMENTS:
+    # In blocks: torch takes the memory for the widened numbers from the system and gives it back, which is dear where
+    # it is large.
+    step = max(1, _BLOCK_ELEMENTS // width)
+    if tokens <= step:
         _scale(outputs, norm_scale, offset, None if chosen is None else chosen[:tokens])
         return
-    # Torch widens and narrows in memory that it takes from the system and gives back, which is dear where it is large.
-    step = max(1, _BLOCK_ELEMENTS // width)
     for start in range(0, tokens, step):
         block = outputs[start : start + step]
         _scale(block, norm_scale, offset, None if chosen is None else chosen[start : start + len(block)])
@@ -133,10 +139,12 @@ def _scale(outputs: Tensor, scales: Tensor, offsets: Tensor | None, rows: Tensor
     if rows is not None:
         scales = scales.index_select(0, rows)  # a third of what indexing with brackets costs
         offsets = None if offsets is None else offsets.index_select(0, rows)
-    if offsets is None:
-        torch.mul(outputs, scales, out=outputs)
-    else:
+    if offsets is not None:
         torch.addcmul(offsets, outputs, scales, out=outputs)
+    elif outputs.dtype == torch.float32:
+        outputs.mul_(scales)
+    else:  # by hand what an operation on two dtypes does as well, in half as much time again on a CPU
+        outputs.copy_(outputs.float().mul_(scales))
 
 
 def _does_nothing(
