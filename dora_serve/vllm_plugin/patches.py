@@ -78,10 +78,7 @@ def patch_worker() -> None:
         (logits_processor.LogitsProcessorWithLoRA, "_get_logits", _scale_logits),
         (LoRAConfig, "compute_hash", _tell_compiled_graphs_apart),
         # A fault of vLLM's on CPUs, with LoRA as with DoRA.
-        (PunicaWrapperCPU, "update_metadata", _look_for_base_tokens),
-        (PunicaWrapperCPU, "add_shrink", _keep_off_base_tokens),
-        (PunicaWrapperCPU, "add_lora_embedding", _keep_off_base_embeddings),
-        (PunicaWrapperCPU, "add_lora_logits", _keep_off_base_logits),
+        (PunicaWrapperCPU, "update_metadata", _keep_off_the_base),
     )
     if made:
         # What vLLM makes by itself to warm up and to capture graphs has this; `_keep_magnitudes` says None for a LoRA.
@@ -357,10 +354,14 @@ def _scale_output(original: Callable[..., Any]) -> Callable[..., Any]:
     A row-parallel layer has a part of the sum here; scaling the parts scales the sum.
     """
 
+    from torch.compiler import is_compiling
+
     from dora_serve.vllm_plugin.scaling import scale_output
 
     def apply(self: Any, x: Any, *args: Any) -> Any:
-        return scale_output(self, original(self, x, *args))
+        output = original(self, x, *args)
+        # Looked at here already: a step without a DoRA comes by for every layer.
+        return scale_output(self, output) if self.punica_wrapper.dora.any_in_use or is_compiling() else output
 
     return apply
 
@@ -418,49 +419,53 @@ def _tell_compiled_graphs_apart(original: Callable[..., Any]) -> Callable[..., A
     return compute_hash
 
 
-def _look_for_base_tokens(original: Callable[..., Any]) -> Callable[..., Any]:
+def _keep_off_the_base(original: Callable[..., Any]) -> Callable[..., Any]:
     """PunicaWrapperCPU takes -1, the slot of the base's tokens, for the last slot, and adds the LoRA that is there to
-    them wherever a batch holds tokens of both (vLLM's pull request 48421 mends it). The next three go by this."""
+    them wherever a batch holds tokens of both (vLLM's pull request 48421 mends it).
+
+    For such a batch three of its functions are replaced, in the object: a step calls them for every layer, and one for
+    any other batch is to pay nothing.
+    """
 
     def update_metadata(self: Any, *args: Any, **kwargs: Any) -> None:
+        for name in ("add_shrink", "add_lora_embedding", "add_lora_logits"):
+            vars(self).pop(name, None)
         original(self, *args, **kwargs)
         tokens, requests = self.token_lora_indices < 0, self.sampler_indices < 0
-        self.base_tokens = tokens.unsqueeze(1) if bool(tokens.any()) and not self.no_lora else None
-        self.base_requests = requests.unsqueeze(1) if bool(requests.any()) else None
+        if bool(tokens.any()) and not self.no_lora:
+            self.add_shrink = _shrink_of_others(self.add_shrink, tokens.unsqueeze(1))
+            self.add_lora_embedding = _embedding_of_others(self.add_lora_embedding, tokens.unsqueeze(1))
+        if bool(requests.any()):
+            self.add_lora_logits = _logits_of_others(self.add_lora_logits, requests.unsqueeze(1))
 
     return update_metadata
 
 
-def _keep_off_base_tokens(original: Callable[..., Any]) -> Callable[..., Any]:
-    """PunicaWrapperCPU.add_shrink: A x is 0 for the base's tokens, and so is what is added to them."""
+def _shrink_of_others(original: Callable[..., None], of_base: Any) -> Callable[..., None]:
+    """A x is 0 for the base's tokens, and so is what is added to them."""
 
-    def add_shrink(self: Any, y: Any, *args: Any, **kwargs: Any) -> None:
-        original(self, y, *args, **kwargs)
-        if self.base_tokens is not None:
-            for of_slice in y:
-                of_slice.masked_fill_(self.base_tokens, 0)
+    def add_shrink(y: Any, *args: Any, **kwargs: Any) -> None:
+        original(y, *args, **kwargs)
+        for of_slice in y:
+            of_slice.masked_fill_(of_base, 0)
 
     return add_shrink
 
 
-def _keep_off_base_embeddings(original: Callable[..., Any]) -> Callable[..., Any]:
-    """PunicaWrapperCPU.add_lora_embedding: x is what was looked up in lora_A."""
+def _embedding_of_others(original: Callable[..., None], of_base: Any) -> Callable[..., None]:
+    """x is what was looked up in lora_A."""
 
-    def add_lora_embedding(self: Any, y: Any, x: Any, *args: Any, **kwargs: Any) -> None:
-        if self.base_tokens is not None:
-            x = x.masked_fill(self.base_tokens, 0)
-        original(self, y, x, *args, **kwargs)
+    def add_lora_embedding(y: Any, x: Any, *args: Any, **kwargs: Any) -> None:
+        original(y, x.masked_fill(of_base, 0), *args, **kwargs)
 
     return add_lora_embedding
 
 
-def _keep_off_base_logits(original: Callable[..., Any]) -> Callable[..., Any]:
-    """PunicaWrapperCPU.add_lora_logits: x are the hidden states, of which vLLM needs nothing else here."""
+def _logits_of_others(original: Callable[..., None], of_base: Any) -> Callable[..., None]:
+    """x are the hidden states, of which vLLM needs nothing else here."""
 
-    def add_lora_logits(self: Any, y: Any, x: Any, *args: Any, **kwargs: Any) -> None:
-        if self.base_requests is not None:
-            x = x.view(-1, x.shape[-1]).masked_fill(self.base_requests, 0)
-        original(self, y, x, *args, **kwargs)
+    def add_lora_logits(y: Any, x: Any, *args: Any, **kwargs: Any) -> None:
+        original(y, x.view(-1, x.shape[-1]).masked_fill(of_base, 0), *args, **kwargs)
 
     return add_lora_logits
 
