@@ -78,6 +78,16 @@ def test_spaces_between_words_are_kept() -> None:
     assert pieces(TextStream(tokenizer), [3, 4, 5, 6, 4]) == ["one", " two", "s", " three", " two", ""]
 
 
+def test_no_clean_up_of_spaces_takes_back_what_was_shown() -> None:
+    """A tokenizer may ask for one: "it 's" would become "it's", whose s could not be shown any more."""
+    tokenizer = word_tokenizer(("▁it", "▁'", "s", "▁fine", "▁."))
+    ids = [3, 4, 5, 6, 7]
+    tokenizer.clean_up_tokenization_spaces = True
+    assert tokenizer.decode(ids) == "it's fine."
+    found = "".join(pieces(TextStream(tokenizer), ids))
+    assert found == tokenizer.decode(ids, clean_up_tokenization_spaces=False) == "it 's fine ."
+
+
 def test_without_a_tokenizer_there_is_no_text() -> None:
     assert pieces(TextStream(None, ("x",)), [3, 4]) == ["", "", ""]
 

@@ -61,7 +61,9 @@ class PromptTokens:
 
     def token_text(self, token: int) -> str:
         """A token by itself, special tokens by name."""
-        return "" if self.tokenizer is None else str(self.tokenizer.decode([token]))
+        if self.tokenizer is None:
+            return ""
+        return str(self.tokenizer.decode([token], clean_up_tokenization_spaces=False))
 
     def _chat_tokens(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         if not messages:

@@ -51,7 +51,10 @@ class TextStream:
         return text
 
     def _decode(self, start: int, stop: int) -> str:
-        text: str = self._tokenizer.decode(self._ids[start:stop], skip_special_tokens=True)
+        # A clean-up of spaces (" 's" to "'s") would take back what was shown.
+        text: str = self._tokenizer.decode(
+            self._ids[start:stop], skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
         return text
 
     def _release(self, text: str) -> str:
