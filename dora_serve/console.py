@@ -80,8 +80,9 @@ def run_command(
     program: what a message to a person begins with. An error goes to stderr in words, or to stdout as one JSON object,
     on one line where indent is None.
     """
-    if sys.stdout is None:  # closed by who started this: what is printed goes nowhere
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by who started this: what is printed goes nowhere
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that lacks a character is no reason to end
     interrupted = threading.Event()
@@ -105,8 +106,7 @@ def run_command(
             print_error(program, error, as_json=as_json, indent=indent)
             return EXIT_FAILED
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            print(f"{program}: what was to be printed cannot be written: {error.strerror}.", file=sys.stderr)
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _say_full(program, error)
             return EXIT_FAILED
         raise
 
@@ -138,11 +138,20 @@ def one_interrupt(fired: threading.Event | None = None) -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def _say_full(program: str, error: OSError) -> None:
+    print(f"{program}: what was to be printed cannot be written: {error.strerror}.", file=sys.stderr)
+    _print_no_more()
+
+
 def print_error(program: str, error: DoraServeError, *, as_json: bool, indent: int | None = 2) -> None:
     if as_json:
         facts = {key: value for key, value in error.facts.items() if key != "report"}
         shown = {"type": type(error).__name__, "message": error.message, "remedy": error.remedy, **facts}
-        _print_json({"error": shown, "report": error.facts.get("report")}, indent)
+        try:
+            _print_json({"error": shown, "report": error.facts.get("report")}, indent)
+        except OSError as full:  # what was wrong is said all the same
+            _say_full(program, full)
+            print(f"{program}: {error}", file=sys.stderr)
         return
     print(f"{program}: {error}", file=sys.stderr)
 
@@ -155,7 +164,8 @@ def _print_json(value: object, indent: int | None) -> None:
 
 
 def _print_no_more() -> None:
-    """The reader of a pipe went away (`| head`); the interpreter must not complain again while it closes stdout."""
+    """The reader of a pipe went away (`| head`), or a disk is full; the interpreter must not complain again while it
+    closes stdout."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

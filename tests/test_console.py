@@ -89,6 +89,34 @@ def test_a_reader_that_goes_away_is_no_traceback() -> None:
     assert process.returncode == 1
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+@pytest.mark.parametrize("as_json", [True, False])
+def test_a_full_disk_is_no_traceback_and_what_was_wrong_is_said(as_json: bool) -> None:
+    source = (
+        "import sys; from dora_serve.console import run_command; from dora_serve.errors import AdapterError\n"
+        "def run():\n    raise AdapterError('It is cracked.')\n"
+        f"sys.exit(run_command('dora-test', run, as_json={as_json}))"
+    )
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", source], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "dora-test: It is cracked."
+    assert "Traceback" not in done.stderr
+
+
+def test_closed_streams_are_no_obstacle() -> None:
+    """`>&- 2>&-`: progress asks stderr whether it is a terminal."""
+    source = (
+        "import sys; from dora_serve.console import run_command; from dora_serve.terminal import TerminalProgress\n"
+        "def run():\n    with TerminalProgress():\n        print('text')\n    return 5\n"
+        "sys.exit(run_command('dora-test', run, as_json=False))"
+    )
+    command = ["sh", "-c", 'exec "$@" >&- 2>&-', "sh", sys.executable, "-c", source]
+    assert subprocess.run(command, cwd=ROOT, check=False).returncode == 5
+
+
 def test_arguments() -> None:
     assert [device_argument(text) for text in ("auto", "cpu", "cuda", "cuda:12")] == ["auto", "cpu", "cuda", "cuda:12"]
     assert name_argument("user/name") == "user/name"
