@@ -135,6 +135,8 @@ FAMILIES = (
     ),
     Family("phi3", "phi3", LONG, ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")),
     Family("mixtral", "mixtral", {**LONG, "num_local_experts": 3, "num_experts_per_tok": 2}, ATTENTION),
+    # whose router is a Linear that gives several tensors
+    Family("phimoe", "phimoe", {**LONG, "num_local_experts": 3, "num_experts_per_tok": 2}, ATTENTION),
 )
 
 
