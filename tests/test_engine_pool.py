@@ -123,6 +123,8 @@ def test_list_is_by_name_and_unload_forgets(world: World) -> None:
     assert "b" not in engine.pool
     assert [info.name for info in engine.pool.list()] == ["a", "c"]
     missing, other = ask(engine, "b", "a")
+    (named,) = ask(engine, "base")
+    assert str(named.error).endswith("Give None as the adapter for the base.")
     assert isinstance(missing.error, EngineError)
     assert (missing.finish_reason, missing.token_ids) == ("error", ())
     assert "'b'" in str(missing.error)

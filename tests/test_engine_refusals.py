@@ -84,6 +84,17 @@ def test_a_base_that_is_damaged(tmp_path: Path, damage: str, capsys: pytest.Capt
     assert capsys.readouterr().out == ""
 
 
+def test_a_base_that_is_a_file_or_an_adapter(tmp_path: Path) -> None:
+    base = save(llama(), tmp_path / "base")
+    adapt(llama(), tmp_path / "lora", target_modules=["q_proj"])
+    for name in ("config.json", "model.safetensors"):
+        with pytest.raises(CheckpointError, match="is a file") as caught:
+            Engine.load(base / name)
+        assert repr(str(base)) in str(caught.value.remedy)
+    with pytest.raises(CheckpointError, match="is an adapter"):
+        Engine.load(tmp_path / "lora")
+
+
 def test_a_device_that_is_not_there(tmp_path: Path) -> None:
     for device in ("mps", "meta", *(() if torch.cuda.is_available() else ("cuda",))):
         with pytest.raises(UnavailableError, match=device):
@@ -194,7 +205,7 @@ def test_a_loop_that_is_left_lets_go_at_once(tmp_path: Path) -> None:
 
 def test_what_is_no_list_of_requests() -> None:
     engine = Engine(llama())
-    for wrong in ("hello", ["hello"], [None]):
+    for wrong in ("hello", ["hello"], [None], 5, None):
         with pytest.raises(EngineError, match="not a list of Requests"):
             engine.generate(wrong)  # type: ignore[arg-type]
     for rows in (0, -1, 1.5):

@@ -144,6 +144,12 @@ def test_a_cache_that_cannot_be_written_is_no_obstacle(world: World) -> None:
     assert not world.took_them()
 
 
+def test_the_folder_may_be_a_string(world: World) -> None:
+    engine = Engine.load(world.root / "base", scale_cache=str(world.cache))
+    engine.pool.load("dora", world.root / "dora")
+    assert len(list(world.cache.iterdir())) == 1
+
+
 def test_without_a_folder_nothing_is_written(world: World) -> None:
     engine = Engine.load(world.root / "base")
     engine.pool.load("dora", world.root / "dora")

@@ -14,7 +14,7 @@ def require_name(name: object, taken: Mapping[str, Path], replace: bool) -> None
     """Raise EngineError for what is no name, the base's, or one of `taken` (with its files) unless `replace`."""
     if not isinstance(name, str) or not name or name == BASE_NAME:
         raise EngineError(
-            f"An adapter cannot be called {name!r}" + (": that is the base's name." if name else "."),
+            f"An adapter cannot be called {name!r}" + (": that is the base's name." if name == BASE_NAME else "."),
             remedy="Give it another name.",
         )
     if name in taken and not replace:
@@ -28,7 +28,8 @@ def require_name(name: object, taken: Mapping[str, Path], replace: bool) -> None
 def not_loaded(name: str, loaded: Collection[str]) -> EngineError:
     """The error of a name that no adapter has."""
     known = ", ".join(sorted(loaded)) or "none"
-    return EngineError(f"There is no adapter {name!r} (loaded: {known}).", remedy="Load it first.", adapter=name)
+    remedy = "Give None as the adapter for the base." if name == BASE_NAME else "Load it first."
+    return EngineError(f"There is no adapter {name!r} (loaded: {known}).", remedy=remedy, adapter=name)
 
 
 def require_unused(name: str, users: int) -> None:

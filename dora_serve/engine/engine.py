@@ -13,7 +13,7 @@ from __future__ import annotations
 import inspect
 import re
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,7 @@ class Engine:
         host_limits: Limits | None = None,
         label: str = "this base",
         files: Path | None = None,
-        scale_cache: Path | None = None,
+        scale_cache: str | Path | None = None,
         record_steps: bool | Recorder = True,
     ) -> None:
         self.model, self.tokenizer, self.max_rows = model.eval(), tokenizer, max_rows
@@ -96,7 +96,7 @@ class Engine:
         kept = None
         if scale_cache is not None and files is not None:
             kept = ScaleCache(
-                scale_cache, cache(partial(identity, stamps(files), fingerprint, self._layers, self.device))
+                Path(scale_cache), cache(partial(identity, stamps(files), fingerprint, self._layers, self.device))
             )
         self._graphs = self._step_graphs(record_steps)
         self._spare: FixedCache | None = None
@@ -133,7 +133,8 @@ class Engine:
 
         A request that cannot be answered gets an event with its error, and the others go on.
         """
-        requests = (requests,) if isinstance(requests, Request) else tuple(requests)
+        requests = (requests,) if isinstance(requests, Request) else requests
+        requests = tuple(requests) if isinstance(requests, Iterable) else (requests,)
         if not all(isinstance(request, Request) for request in requests):
             raise EngineError("What is to be generated is not a list of Requests.", remedy="Give Request(...) objects.")
         rows = self.max_rows if max_rows is None else max_rows

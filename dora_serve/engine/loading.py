@@ -51,6 +51,7 @@ def load_base(
             remedy="Run `pip install 'transformers>=5.23' accelerate`, or install dora-serve with the extra [serve].",
         ) from error
     located = locate(str(base), what="base", on_progress=on_progress)
+    _require_model_folder(str(base), located.path)
     on_progress(Progress("loading the base", 0, None, ""))
     where = device if device not in (None, "auto") else "cuda" if torch.cuda.is_available() else "cpu"
     kwargs: dict[str, Any] = {"dtype": dtype or "auto", "trust_remote_code": False, "output_loading_info": True}
@@ -86,6 +87,22 @@ def load_base(
             missing=missing,
         )
     return LoadedBase(model, tokenizer, f"the base {str(base)!r}", located.path)
+
+
+def _require_model_folder(base: str, path: Path) -> None:
+    """Raise CheckpointError for what transformers would speak of as a Hub id, or as a model without a type."""
+    if path.is_file():
+        raise CheckpointError(
+            f"The base {base!r} is a file.",
+            remedy=f"Give the folder with its config.json and tokenizer: {str(path.parent)!r}.",
+            path=str(path),
+        )
+    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+        raise CheckpointError(
+            f"The base {base!r} is an adapter.",
+            remedy="Give the base that it was trained on, and this one as an adapter of it: --adapter NAME=PATH.",
+            path=str(path),
+        )
 
 
 def load_tokenizer(folder: Path) -> Any:

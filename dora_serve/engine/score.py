@@ -50,7 +50,13 @@ def score(
     before = engine.tokenize(Request(prompt)) if prompt else []
     after = engine.tokenize(Request(text), special=not before)  # a text that goes on has no beginning of its own
     tokens = before + after
-    engine.room_for(Request(tokens, max_tokens=None), len(tokens) - 1)
+    if engine.context is not None and len(tokens) > engine.context:
+        raise EngineError(
+            f"The text has {len(tokens)} tokens with its prompt, and the context has room for {engine.context}.",
+            remedy="Shorten it, or score it in parts.",
+            tokens=len(tokens),
+            context=engine.context,
+        )
     if len(tokens) < 2:
         raise EngineError("A text of one token has nothing to score.", remedy="Give a longer one, or a prompt.")
     start = max(1, len(before))
