@@ -38,6 +38,7 @@ def patch_worker() -> None:
     from vllm.lora.layers import (
         base,
         base_linear,
+        classifier,
         column_parallel_linear,
         logits_processor,
         row_parallel_linear,
@@ -69,7 +70,9 @@ def patch_worker() -> None:
         (LoRAModelManager, "activate_adapter", _fill_slot),
         (PunicaWrapperBase, "__init__", _add_batch),
         (PunicaWrapperBase, "_update_base_metadata", _look_at_batch),
-        # The forward: the four places where vLLM adds s B A x to the output of a linear layer, and the two others.
+        # The forward: the four places where vLLM adds s B A x to the output of a linear layer, and the three others.
+        # The head of a classifier inherits the second of the four: it has to be wrapped before that is.
+        (classifier.ClassificationHeadWithLoRA, "_apply_base_forward", _scale_requests),
         (linear, "apply", _scale_output),
         (linear, "_apply_base_forward", _scale_output),
         (column_parallel_linear, "_mcp_apply", _scale_output_of_sharded),
@@ -377,16 +380,25 @@ def _scale_output_of_sharded(original: Callable[..., Any]) -> Callable[..., Any]
     return mcp_apply
 
 
+def _scale_requests(original: Callable[..., Any]) -> Callable[..., Any]:
+    """ClassificationHeadWithLoRA._apply_base_forward: the same for a head whose rows are requests."""
+
+    from dora_serve.vllm_plugin.scaling import scaled_requests
+
+    def apply_base_forward(self: Any, x: Any) -> Any:
+        return scaled_requests(self, original(self, x))
+
+    return apply_base_forward
+
+
 def _scale_logits(original: Callable[..., Any]) -> Callable[..., Any]:
     """LogitsProcessorWithLoRA._get_logits: the same for lm_head, whose rows are requests. It runs outside of graphs."""
 
+    from dora_serve.vllm_plugin.scaling import scaled_requests
+
     def get_logits(self: Any, *args: Any, **kwargs: Any) -> Any:
         logits = original(self, *args, **kwargs)
-        wrapper, scales = self.punica_wrapper, self.slot_scales
-        if logits is None or not (wrapper.dora.any_in_use and scales.slots):
-            return logits
-        scale = scales.norm_scale[wrapper.sampler_indices, : logits.shape[1]]
-        return (logits * scale).to(logits.dtype)
+        return None if logits is None else scaled_requests(self, logits)
 
     return get_logits
 

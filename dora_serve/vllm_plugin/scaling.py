@@ -91,6 +91,18 @@ def scale_output(layer: Any, output: Tensor) -> Tensor:
     return output
 
 
+def scaled_requests(layer: Any, output: Tensor) -> Tensor:
+    """The same of a layer whose rows are those of requests, and not of tokens: output (requests, at most width)."""
+    batch, scales = layer.punica_wrapper.dora, layer.slot_scales
+    if not (batch.any_in_use and scales.slots):
+        return output
+    rows, width = layer.punica_wrapper.sampler_indices, output.shape[1]
+    scaled: Tensor = output * scales.norm_scale[rows, :width]
+    if scales.offset is not None:
+        scaled += scales.offset[rows, :width]
+    return scaled.to(output.dtype)
+
+
 # Both are Optional, not `| None`: torch's schemas know the one form alone.
 def scale_rows(
     outputs: Tensor,

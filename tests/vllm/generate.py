@@ -2,7 +2,8 @@
 
 Job: model, engine (arguments of vllm.LLM), adapters (name -> path), batches: lists of {prompt, adapter, tokens}, prompt
 being text or token ids; or one {adapter, path}, to be loaded in place of that adapter. Answer: for each batch a list of
-{"tokens": [...], "logprobs": [...]}, or {"error": text}.
+{"tokens": [...], "logprobs": [...]}, or {"error": text}. With "classify": true the model is
+a classifier, and the answer has the probabilities of the classes in place of both.
 """
 
 from __future__ import annotations
@@ -33,12 +34,26 @@ def main() -> None:
     engine["enforce_eager"] = True  # without adapters vLLM compiles the model, which takes longer than all else
     if job["adapters"]:
         engine |= {"enable_lora": True, "max_loras": 2, "max_lora_rank": 8}
+    if job.get("classify"):
+        engine |= {"runner": "pooling", "convert": "classify"}
     llm = LLM(job["model"], **(engine | job["engine"]))
     loras = {
         name: LoRARequest(name, number, path) for number, (name, path) in enumerate(job["adapters"].items(), start=1)
     }
-    answer = [_run(llm, batch, loras, SamplingParams) for batch in job["batches"]]
+    if job.get("classify"):
+        answer = [_probabilities(llm, batch, loras) for batch in job["batches"]]
+    else:
+        answer = [_run(llm, batch, loras, SamplingParams) for batch in job["batches"]]
     Path(sys.argv[1]).write_text(json.dumps(answer))  # vLLM talks on stdout
+
+
+def _probabilities(llm: Any, batch: list[dict[str, Any]], loras: dict[str, Any]) -> list[list[float]]:
+    outputs = llm.classify(
+        [{"prompt_token_ids": one["prompt"]} for one in batch],
+        lora_request=[loras[one["adapter"]] if one["adapter"] else None for one in batch],
+        use_tqdm=False,
+    )
+    return [output.outputs.probs for output in outputs]
 
 
 def _run(llm: Any, batch: Any, loras: dict[str, Any], params: Any) -> Any:
