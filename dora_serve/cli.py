@@ -269,7 +269,9 @@ def _generate(options: argparse.Namespace, parser: CommandParser) -> int:
                 scale_cache=default_folder(),
                 on_progress=progress,
             )
-        reports = {name: engine.pool.load(name, path, options=read) for name, path in options.adapter}
+        reports = {
+            name: engine.pool.load(name, path, options=read, on_progress=progress) for name, path in options.adapter
+        }
         completions = complete(engine.generate(requests), on_progress=progress)
     for completion in completions:
         report = reports.get(completion.adapter or "")

@@ -20,8 +20,9 @@ _NUMBER = re.compile(r"[-+]?[\d.,]+(e[-+]?\d+)?\s?(%|x|×|[kMGT]?B|s)?", re.IGNO
 class TerminalProgress:
     """An OnProgress that redraws one line of a terminal, and a context that takes the line away when it ends.
 
-    Nothing is shown where the stream is no terminal, nor in a stage's first `patience` seconds. The line is redrawn at
-    most every `interval` seconds and leaves nothing behind. clock: seconds, as time.monotonic.
+    Nothing is shown where the stream is no terminal, nor in the first `patience` seconds of a stage that counts; one
+    without a unit is shown at once, since it may report no second time. The line is redrawn at most every `interval`
+    seconds and leaves nothing behind. clock: seconds, as time.monotonic.
     """
 
     def __init__(
@@ -55,6 +56,8 @@ class TerminalProgress:
         if progress.stage != self._stage:
             self.clear()
             self._stage, self._began, self._first = progress.stage, now, progress.done
+            if not progress.unit:
+                self._draw(progress.stage)
         elif progress.done == progress.total:
             self.clear()
             self._stage = None  # the next of this name is another one
@@ -94,7 +97,7 @@ def format_progress(progress: Progress, *, since: int, seconds: float) -> str:
             share,
             f"{amount(done)} of {amount(total)}" if progress.unit == "B" else f"{done:,} of {amount(total)}",
         ]
-    else:
+    elif progress.unit:
         parts.append(amount(done))
     if rate > 0:
         parts.append(f"{amount(rate)}/s")

@@ -109,6 +109,12 @@ def test_an_adapter_that_was_never_trained_is_reported(world: World, tmp_path: P
     assert report.changes_output is False
 
 
+def test_a_load_reports_what_it_is_at(world: World) -> None:
+    stages: list[str] = []
+    world.engine().pool.load("a", world.root / "a", on_progress=lambda progress: stages.append(progress.stage))
+    assert stages == ["loading the adapter 'a'"]
+
+
 def test_a_path_may_be_a_string(world: World) -> None:
     engine = world.engine()
     engine.pool.load("b", str(world.root / "b"))

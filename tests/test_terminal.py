@@ -84,6 +84,20 @@ def test_a_long_stage_shows_one_line_and_leaves_none(show: TerminalProgress, ter
     assert terminal.getvalue().endswith("\r")
 
 
+def test_a_stage_that_counts_nothing_is_shown_at_once(show: TerminalProgress, terminal: Terminal, clock: Clock) -> None:
+    """Loading a base reports once, however long it takes."""
+    show(Progress("loading the base", 0, None, ""))
+    assert terminal.line == "loading the base"
+    clock.now += 4
+    show(Progress("loading the base", 0, None, ""))
+    assert terminal.line == "loading the base"
+    show(Progress("merging", 0, 100))
+    assert terminal.line == ""
+    show(Progress("waiting", 0, None, ""))
+    show.clear()
+    assert terminal.line == ""
+
+
 def test_a_shorter_line_covers_a_longer_one(show: TerminalProgress, terminal: Terminal, clock: Clock) -> None:
     show(Progress("a stage with a long name", 0, 100))
     clock.now += 3

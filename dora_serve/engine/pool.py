@@ -28,6 +28,7 @@ from dora_serve.engine.sound import is_whole, require
 from dora_serve.errors import AdapterError, EngineError
 from dora_serve.formats import ReadOptions, read_adapter
 from dora_serve.hub import locate
+from dora_serve.progress import OnProgress, Progress, ignore_progress
 
 Tier = Literal["device", "host", "disk"]
 
@@ -129,6 +130,7 @@ class AdapterPool:
         replace: bool = False,
         pin: bool = False,
         options: ReadOptions | None = None,
+        on_progress: OnProgress = ignore_progress,
     ) -> LoadReport:
         """Read an adapter of any known format and make it ready; requests may name it from then on.
 
@@ -140,7 +142,8 @@ class AdapterPool:
         self._require_name(name, replace)
         began = time.perf_counter()
         require("path", path, isinstance(path, (str, Path)), "a folder or a Hub id")
-        folder = locate(path, what="adapter").path if isinstance(path, str) else path
+        folder = locate(path, what="adapter", on_progress=on_progress).path if isinstance(path, str) else path
+        on_progress(Progress(f"loading the adapter {name!r}", 0, None, ""))
         folder = Path(os.path.abspath(folder.expanduser()))
         before = _stamps(folder)
         adapter = read_adapter(folder, options)
