@@ -44,6 +44,16 @@ OPT: Mapping[str, Any] = {
 }
 
 
+LATENT: Mapping[str, Any] = {
+    **{key: value for key, value in LONG.items() if key != "head_dim"},
+    "q_lora_rank": 8,
+    "kv_lora_rank": 8,
+    "qk_nope_head_dim": 4,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 8,
+}
+
+
 @dataclass(frozen=True)
 class Family:
     """A kind of model. linears: what its adapters touch. more: LoraConfig's keys of adapters besides those of every
@@ -135,6 +145,8 @@ FAMILIES = (
     ),
     Family("phi3", "phi3", LONG, ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")),
     Family("mixtral", "mixtral", {**LONG, "num_local_experts": 3, "num_experts_per_tok": 2}, ATTENTION),
+    # which keeps latents in its cache, and makes keys and values of all of them at every step
+    Family("minicpm3", "minicpm3", LATENT, ("q_b_proj", "kv_b_proj", "o_proj", "down_proj")),
     # whose router is a Linear that gives several tensors
     Family("phimoe", "phimoe", {**LONG, "num_local_experts": 3, "num_experts_per_tok": 2}, ATTENTION),
 )

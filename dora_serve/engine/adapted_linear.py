@@ -152,10 +152,13 @@ class AdaptedLinear(nn.Module):
         if packed is None:
             return self._layer[0](x)  # type: ignore[no-any-return]
         leading = x.shape if self._embeds else x.shape[:-1]
-        if len(leading) == 2 and leading[0] == now.shape[0]:  # a head may be given the last tokens alone
+        rows, tokens = now.shape
+        if len(leading) == 2 and leading[0] == rows:  # a head may be given the last tokens alone
             return self._adapted(x, packed)
-        if leading == (now.shape[0] * now.shape[1],):
-            return self._adapted(x.view(*now.shape, *x.shape[1:]), packed).flatten(0, 1)
+        if leading == (rows * tokens,):
+            return self._adapted(x.view(rows, tokens, *x.shape[1:]), packed).flatten(0, 1)
+        if len(leading) == 3 and leading[:2] == (rows, 1):  # MiniCPM3's latents, of all that is in the cache
+            return self._adapted(x[:, 0], packed)[:, None]
         raise EngineError(
             f"The layer {self._name} is given {list(leading)} tokens, and the batch has {list(now.shape)}: which row "
             "each of them belongs to cannot be told.",
