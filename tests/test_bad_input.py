@@ -142,6 +142,12 @@ def empty(folder: Path) -> Path:
     return folder
 
 
+def nest(folder: Path, name: str) -> None:
+    inner = folder.rename(folder.with_name(name))
+    folder.mkdir()
+    inner.rename(folder / name)
+
+
 def turn_into_a_file(folder: Path) -> None:
     shutil.rmtree(folder)
     folder.write_text("x")
@@ -293,6 +299,10 @@ ADAPTERS: Mapping[str, tuple[Spoil, str]] = {
     "a file": (
         lambda world: turn_into_a_file(world.adapter),
         "holds no adapter that is known here",
+    ),
+    "of a trainer's checkpoints": (
+        lambda world: nest(world.adapter, "checkpoint-5"),
+        "Give one of the folders in it that hold an adapter: '.*checkpoint-5'",
     ),
     "of other modules": (
         lambda world: rewrite_tensors(world.adapter / WEIGHTS, lambda held: rename(held, "q_proj", "query_proj")),

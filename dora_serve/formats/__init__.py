@@ -160,6 +160,9 @@ def _unknown(path: Path, options: ReadOptions) -> AdapterError:
     remedy = "Give the folder or file that the trainer wrote; if you know its format, name it with --format."
     if path.is_file() and (path.parent / CONFIG_NAME).is_file():
         remedy = f"Give the folder, whose {CONFIG_NAME} says how to read it: {str(path.parent)!r}."
+    elif nested := sorted(str(file.parent) for file in path.glob(f"*/{CONFIG_NAME}")):  # a trainer's checkpoints
+        shown = ", ".join(map(repr, nested[:4])) + (", ..." if len(nested) > 4 else "")
+        remedy = f"Give one of the folders in it that hold an adapter: {shown}."
     elif pickles := [file.name for file in (path.iterdir() if path.is_dir() else [path]) if file.suffix in PICKLES]:
         remedy = (
             f"The names in {pickles[0]} are not read before you allow it: say --allow-pickle and the format, for "
