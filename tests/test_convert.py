@@ -201,6 +201,15 @@ def test_convolutions_there_and_back(tmp_path: Path) -> None:
         assert torch.allclose(start(x), model(x), rtol=0, atol=5e-6)
 
 
+def test_copies_of_embeddings_beside_their_adapters_keep_peft_s_names(tmp_path: Path) -> None:
+    """PEFT and vLLM pass over `base_layer` of an adapted embedding; vLLM refuses the file for `lm_head.weight`."""
+    adapt(llama(), tmp_path / "adapter", target_modules=["lm_head"], saving={"save_embedding_layers": True})
+    run(tmp_path / "adapter", "peft", tmp_path / "out")
+    was, now = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("adapter", "out"))
+    assert "base_model.model.lm_head.base_layer.weight" in was
+    assert now.keys() == was.keys()
+
+
 def test_a_bias_that_fsdp_qlora_scales_becomes_a_trained_one(tmp_path: Path) -> None:
     start = qwen()
     base = save(start, tmp_path / "base")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from torch import Tensor
 
@@ -32,8 +32,9 @@ def to_peft(given: Plain, base: str | None) -> Written:
     tensors: dict[str, Tensor] = {}
     for module in adapter.modules:
         tensors |= {f"{PREFIX}{name}": value for name, value in _tensors(module, given.kernels).items()}
+    adapted = {module.module for module in adapter.modules}
     for change in adapter.replacements:
-        tensors[f"{PREFIX}{_saved_name(change)}"] = change.tensor.load().contiguous()
+        tensors[f"{PREFIX}{_saved_name(change, adapted)}"] = change.tensor.load().contiguous()
     return Written(
         file="adapter_model.safetensors",
         tensors=tensors,
@@ -63,9 +64,10 @@ def _tensors(module: LoraWeights, kernels: Mapping[str, tuple[int, ...]]) -> dic
     return tensors
 
 
-def _saved_name(change: Replacement) -> str:
-    if change.role == "bias":
-        path, _, leaf = change.name.rpartition(".")
+def _saved_name(change: Replacement, adapted: Collection[str]) -> str:
+    """PEFT, and vLLM, know the base's own tensors of an adapted layer by `base_layer`."""
+    path, _, leaf = change.name.rpartition(".")
+    if change.role == "bias" or (change.role == "base_layer" and path in adapted):
         return f"{path}.base_layer.{leaf}"
     return change.name
 
