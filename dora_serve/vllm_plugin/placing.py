@@ -49,9 +49,9 @@ def placed(manager: Any, lora: Any, trained: Trained) -> list[tuple[str, Any, li
             if problem is not None:
                 problems.append(problem)
             found.append((name, layer, modules))
-    elsewhere = _prefixes_on_other_stages(manager.model)
+    elsewhere = _on_other_stages(manager.model)
     for name in trained.magnitudes.keys() - taken:
-        if not name.startswith(elsewhere):
+        if not f"{name}.".startswith(elsewhere):
             problems.append(Problem(trained.names[name], "a magnitude", "a layer that vLLM can adapt", _MERGE_IT))
     if problems:
         raise refused("DoRA", sorted(set(problems), key=str))
@@ -94,8 +94,8 @@ def _layers(manager: Any, lora: Any) -> Iterator[tuple[str, Any, list[Any]]]:
             yield name, layer, weights
 
 
-def _prefixes_on_other_stages(model: Any) -> tuple[str, ...]:
-    """Where the model has a placeholder, with pipeline parallelism: another process has the layers there."""
+def _on_other_stages(model: Any) -> tuple[str, ...]:
+    """Where the model has a placeholder, with pipeline parallelism: another process has that layer, or those below."""
     from vllm.model_executor.models.utils import PPMissingLayer
 
     return tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, PPMissingLayer))

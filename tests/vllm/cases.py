@@ -81,6 +81,7 @@ def run_job(job: Mapping[str, Any], environment: Mapping[str, str]) -> Any:
             text=True,
             check=False,
             env={**os.environ, **environment},
+            timeout=600,  # where one of the processes of a parallel engine fails, the others may wait for ever
         )
         assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
         return json.loads(Path(answer.name).read_text())
