@@ -154,14 +154,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = build_parser()
     given, after = _split(list(sys.argv[1:] if arguments is None else arguments))
     options = parser.parse_args(given)
+    command = parser.of(options.command)
     if after and options.command != "vllm":
-        parser.error(f"{options.command} takes nothing after --")
+        command.error("it takes nothing after --")
     options.extra = after
     names = [name for name, _ in options.adapter]
     for name in names:
         if names.count(name) > 1:
-            parser.error(f"{options.command}: two adapters are called {name!r}")
-    return run_command("dora-serve", lambda: int(options.run(options, parser)), as_json=options.json, indent=None)
+            command.error(f"two adapters are called {name!r}")
+    return run_command("dora-serve", lambda: int(options.run(options, command)), as_json=options.json, indent=None)
 
 
 def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
@@ -220,7 +221,7 @@ def _require_counts(options: argparse.Namespace, parser: CommandParser, *names: 
     for name in names:
         value = getattr(options, name)
         if value is not None and value < 1:
-            parser.error(f"{options.command}: --{name.replace('_', '-')} {value}: wanted a whole number from 1 on")
+            parser.error(f"--{name.replace('_', '-')} {value}: wanted a whole number from 1 on")
 
 
 def _require_none_of_torch(options: argparse.Namespace, parser: CommandParser) -> None:
@@ -229,7 +230,7 @@ def _require_none_of_torch(options: argparse.Namespace, parser: CommandParser) -
         value = getattr(options, name)
         if value is not None and value is not False and value != []:
             option = f"--{name.replace('_', '-')}"
-            parser.error(f"generate: {option} is of a base that torch runs; a graph and its files have their own")
+            parser.error(f"{option} is of a base that torch runs; a graph and its files have their own")
 
 
 def _generate(options: argparse.Namespace, parser: CommandParser) -> int:
@@ -238,11 +239,12 @@ def _generate(options: argparse.Namespace, parser: CommandParser) -> int:
     from dora_serve.engine import Engine, complete
     from dora_serve.engine.scale_cache import default_folder
     from dora_serve.errors import EngineError
+    from dora_serve.hub import locate
     from dora_serve.onnx_engine.engine import OnnxEngine, is_exported
     from dora_serve.terminal import TerminalProgress
 
     if not options.prompt:
-        parser.error("generate: --prompt is empty")
+        parser.error("--prompt is empty")
     _require_counts(options, parser, "max_rank")
     exported = is_exported(Path(options.base))
     if exported:
@@ -251,7 +253,7 @@ def _generate(options: argparse.Namespace, parser: CommandParser) -> int:
     try:
         requests[0].require_sound()
     except EngineError as error:
-        parser.error(f"generate: {error.message}")
+        parser.error(f"{error.message}")
     read = read_options(options)
     with ExitStack() as stack:
         progress = stack.enter_context(TerminalProgress())
@@ -260,6 +262,8 @@ def _generate(options: argparse.Namespace, parser: CommandParser) -> int:
         if exported:
             engine = OnnxEngine.load(options.base, device=device, max_rows=len(requests), on_progress=progress)
         else:
+            for _, path in options.adapter:  # a slip in a path is said before gigabytes are read
+                locate(path, what="adapter", on_progress=progress)
             engine = Engine.load(
                 options.base,
                 dtype=getattr(torch, options.dtype) if options.dtype else None,

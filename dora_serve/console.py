@@ -48,6 +48,13 @@ class CommandParser(argparse.ArgumentParser):
         except _WrongUsage as wrong:
             wrong.parser._refuse(wrong.message, as_json=self._as_json)
 
+    def of(self, command: str) -> CommandParser:
+        """The parser of a command, to complain of what was parsed: its usage is shown, and its help is the remedy."""
+        commands = next(action.choices for action in self._actions if isinstance(action.choices, dict))
+        subparser: CommandParser = commands[command]
+        subparser._as_json = self._as_json
+        return subparser
+
     def error(self, message: str) -> NoReturn:
         if self._as_json is None:  # a subparser is shown only what follows its name
             raise _WrongUsage(self, message)

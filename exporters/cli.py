@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.given = ("dora-export", *given)
     misused = options.misused(options)
     if misused is not None:
-        parser.error(f"{options.command}: {misused}")
+        parser.of(options.command).error(misused)
     return run_command(
         "dora-export",
         lambda: int(options.run(options)),

@@ -134,4 +134,15 @@ def test_errors_are_lines_of_json(tmp_path: Path, capsys: pytest.CaptureFixture[
     with pytest.raises(SystemExit):
         main(["generate", str(tmp_path), "--prompt", "", "--json"])
     (line,) = capsys.readouterr().out.splitlines()
-    assert json.loads(line)["error"]["type"] == "UsageError"
+    error = json.loads(line)["error"]
+    assert error["type"] == "UsageError"
+    assert error["remedy"] == "dora-serve generate --help"
+
+
+def test_a_slip_in_a_path_is_said_before_the_base_is_read(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Engine, "load", None)  # which nothing may call
+    adapter = tmp_path / "adaptr"
+    assert main(["generate", "base", "--adapter", f"a={adapter}", "--prompt", "x"]) == 1
+    assert f"{str(adapter)!r} does not exist" in capsys.readouterr().err
