@@ -253,17 +253,18 @@ def _generate(options: argparse.Namespace, parser: CommandParser) -> int:
     try:
         requests[0].require_sound()
     except EngineError as error:
-        parser.error(f"{error.message}")
+        parser.error(error.message)
     read = read_options(options)
     with ExitStack() as stack:
         progress = stack.enter_context(TerminalProgress())
         device = None if options.device == "auto" else options.device
         engine: Engine | OnnxEngine
+        paths: dict[str, str | Path] = dict(options.adapter)
         if exported:
             engine = OnnxEngine.load(options.base, device=device, max_rows=len(requests), on_progress=progress)
         else:
-            for _, path in options.adapter:  # a slip in a path is said before gigabytes are read
-                locate(path, what="adapter", on_progress=progress)
+            # Before the base: a slip in a path is said before gigabytes are read.
+            paths = {name: locate(path, what="adapter", on_progress=progress).path for name, path in options.adapter}
             engine = Engine.load(
                 options.base,
                 dtype=getattr(torch, options.dtype) if options.dtype else None,
@@ -274,7 +275,7 @@ def _generate(options: argparse.Namespace, parser: CommandParser) -> int:
                 on_progress=progress,
             )
         reports = {
-            name: engine.pool.load(name, path, options=read, on_progress=progress) for name, path in options.adapter
+            name: engine.pool.load(name, path, options=read, on_progress=progress) for name, path in paths.items()
         }
         completions = complete(engine.generate(requests), on_progress=progress)
     for completion in completions:
