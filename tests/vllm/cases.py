@@ -127,14 +127,19 @@ def tiny_adapter(
         r=rank, lora_alpha=6, use_dora=dora, target_modules=list(targets), task_type="CAUSAL_LM", init_lora_weights=True
     )
     model = get_peft_model(model, config)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_magnitude" in name:
-                parameter.mul_(1 + 0.3 * torch.randn_like(parameter))
-            elif "lora_" in name:
-                parameter.normal_(std=0.1)
+    train_at_random(model)
     model.save_pretrained(folder)
     return folder
+
+
+@torch.no_grad()
+def train_at_random(model: Any) -> None:
+    """Move every part of PEFT's adapter away from where training starts."""
+    for name, parameter in model.named_parameters():
+        if "lora_magnitude" in name:
+            parameter.mul_(1 + 0.3 * torch.randn_like(parameter))
+        elif "lora_" in name:
+            parameter.normal_(std=0.1)
 
 
 def peft_answers(base: Path, adapter: Path | None, prompts: Sequence[list[int]], tokens: int) -> list[Answer]:

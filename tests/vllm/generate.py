@@ -2,8 +2,8 @@
 
 Job: model, engine (arguments of vllm.LLM), adapters (name -> path), batches: lists of {prompt, adapter, tokens}, prompt
 being text or token ids; or one {adapter, path}, to be loaded in place of that adapter. Answer: for each batch a list of
-{"tokens": [...], "logprobs": [...]}, or {"error": text}. With "classify": true the model is
-a classifier, and the answer has the probabilities of the classes in place of both.
+{"tokens": [...], "logprobs": [...]}, or {"error": text}. With "classify": true the model is a classifier, and
+the answer has the probabilities of its classes for each request.
 """
 
 from __future__ import annotations

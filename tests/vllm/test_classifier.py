@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.vllm.cases import LINEAR, VOCABULARY, run_job, token_prompts
+from tests.vllm.cases import LINEAR, VOCABULARY, run_job, token_prompts, train_at_random
 
 PROMPTS = [prompt[:length] for prompt, length in zip(token_prompts(3), (7, 4, 6), strict=True)]
 TOLERANCE = 5e-6
@@ -68,12 +68,7 @@ def adapter(base: Path, folder: Path, targets: Sequence[str]) -> Path:
     torch.manual_seed(1)
     model: Any = AutoModelForSequenceClassification.from_pretrained(base, dtype=torch.float32)
     model = get_peft_model(model, LoraConfig(r=4, lora_alpha=6, use_dora=True, target_modules=list(targets)))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_magnitude" in name:
-                parameter.mul_(1 + 0.3 * torch.randn_like(parameter))
-            elif "lora_" in name:
-                parameter.normal_(std=0.1)
+    train_at_random(model)
     model.save_pretrained(folder)
     return folder
 
