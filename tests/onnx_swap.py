@@ -74,6 +74,24 @@ def peft_logits(swap: Swap, name: str | None, prompts: Sequence[Sequence[int]]) 
         return [model(input_ids=torch.tensor([prompt])).logits[0] for prompt in prompts]
 
 
+def read_arrays(file: Path) -> dict[str, Any]:
+    """What onnxruntime reads of an adapter file. Arrays of the caller's own."""
+    values = onnxruntime.AdapterFormat.read_adapter(str(file)).get_parameters()
+    return {name: value.numpy().copy() for name, value in values.items()}
+
+
+def write_arrays(arrays: dict[str, Any], file: Path) -> Path:
+    """An adapter file as onnxruntime writes it."""
+    # Held until it is written: what set_parameters takes points into the arrays and does not own them.
+    values = {name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in arrays.items()}
+    made = onnxruntime.AdapterFormat()
+    made.set_adapter_version(1)
+    made.set_model_version(1)
+    made.set_parameters(values)
+    made.export_adapter(str(file))
+    return file
+
+
 def open_session(path: Path) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = 1, 4

@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import pytest
 import torch
 import transformers
 
 from exporters.cli import main
 from tests.cases import SIZES, adapt, vary
-from tests.onnx_swap import activate, open_session, run
+from tests.onnx_swap import activate, open_session, read_arrays, run
 
 PROMPT = [3, 9, 27, 17, 5]
 
@@ -137,10 +136,9 @@ def test_a_graph_for_mixed_batches_from_the_command_line(world: Path, tmp_path: 
     assert record["slots"]["mixed_batches"]
     assert record["swap_check"]["kl"] < 1e-8
     # As another language would serve it: the file's tensors as rows of tables, and an id for each row of the batch.
-    values = onnxruntime.AdapterFormat.read_adapter(str(out / "adapters" / "dates.onnx_adapter")).get_parameters()
     tables = {
         name: np.stack([np.ones_like(one) if name.endswith("norm_scale") else 0 * one, one])
-        for name, one in ((name, value.numpy()) for name, value in values.items())
+        for name, one in read_arrays(out / "adapters" / "dates.onnx_adapter").items()
         if not name.startswith("base_sha256.")
     }
     session = open_session(out / "model.onnx")

@@ -35,7 +35,7 @@ from exporters.onnx_adapters.export import put_slots, require_one_graph
 from exporters.onnx_adapters.options import SlotOptions, Which
 from tests.cases import adapt, merge_to, rewrite_tensors, vary
 from tests.onnx_models import GROUPED, MODELS, ONE
-from tests.onnx_swap import Swap, activate, make, open_session, peft_logits, run, slotted
+from tests.onnx_swap import Swap, activate, make, open_session, peft_logits, read_arrays, run, slotted, write_arrays
 
 PROMPTS = [np.random.default_rng(length).integers(3, 96, length).tolist() for length in (2, 6, 11, 17)]
 SAMPLES = token_inputs(PROMPTS)
@@ -124,14 +124,8 @@ def test_the_check_passes_and_sees_each_planted_fault(swaps: Callable[[str], Swa
 
 def with_changed(source: Path, target: Path, change: Callable[[str, Any], Any]) -> Path:
     """A copy of an adapter file with other tensors."""
-    values = onnxruntime.AdapterFormat.read_adapter(str(source)).get_parameters()
-    changed = {key: np.ascontiguousarray(change(key, value.numpy())) for key, value in values.items()}
-    file = onnxruntime.AdapterFormat()
-    file.set_adapter_version(1)
-    file.set_model_version(1)
-    file.set_parameters({key: onnxruntime.OrtValue.ortvalue_from_numpy(value) for key, value in changed.items()})
-    file.export_adapter(str(target))
-    return target
+    arrays = read_arrays(source)
+    return write_arrays({key: np.ascontiguousarray(change(key, value)) for key, value in arrays.items()}, target)
 
 
 def test_a_thousand_swaps_of_ten_ranks_stay_right_and_memory_flat(tmp_path: Path) -> None:
@@ -244,9 +238,9 @@ def test_slots_on_a_quantized_graph_take_norms_over_its_own_numbers(
     judged = check_swap(base, lost, swap.model, read_adapter(swap.adapters["dora"]), SAMPLES, greedy_tokens=2)
     assert any("another thing than the unmerged" in failure for failure in judged.failures)
     # A file whose norms were taken over the weights before they were quantized is another one.
-    scales = [onnxruntime.AdapterFormat.read_adapter(str(path)).get_parameters() for path in (file, swap.file("dora"))]
+    scales = [read_arrays(path) for path in (file, swap.file("dora"))]
     name = "model.layers.0.self_attn.q_proj.norm_scale"
-    assert np.abs(scales[0][name].numpy() - scales[1][name].numpy()).max() > 1e-5
+    assert np.abs(scales[0][name] - scales[1][name]).max() > 1e-5
     with pytest.raises(PlanError, match="another export"):
         read_adapter_file(swap.file("dora"), base.table)
 
@@ -394,17 +388,10 @@ def test_modules_that_the_graph_does_not_have(swaps: Callable[[str], Swap], tmp_
 
 def test_a_file_with_half_a_slot_or_a_slot_too_many(swaps: Callable[[str], Swap], tmp_path: Path) -> None:
     swap = swaps("llama")
-    values = onnxruntime.AdapterFormat.read_adapter(str(swap.file("lora"))).get_parameters()
-    arrays = {name: value.numpy() for name, value in values.items()}
+    arrays = read_arrays(swap.file("lora"))
     del arrays["model.layers.0.self_attn.q_proj.norm_scale"]
     arrays["model.layers.9.mlp.lora_A"] = np.zeros((2, 2), np.float32)
-    file = onnxruntime.AdapterFormat()
-    file.set_adapter_version(1)
-    file.set_model_version(1)
-    file.set_parameters(
-        {name: onnxruntime.OrtValue.ortvalue_from_numpy(value.copy()) for name, value in arrays.items()}
-    )
-    file.export_adapter(str(tmp_path / "half"))
+    write_arrays(arrays, tmp_path / "half")
     with pytest.raises(PlanError) as refused:
         read_adapter_file(tmp_path / "half", swap.base.table)
     assert {problem.subject for problem in refused.value.problems} == {
