@@ -8,7 +8,6 @@ memory; and every tensor and scaling of the adapter. A file that is damaged says
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from blake3 import blake3
 from torch import Tensor
 
 from dora_serve.cache_folder import cache_folder
@@ -24,7 +24,7 @@ from dora_serve.cache_folder import cache_folder
 MOST_BYTES = 256 << 20
 """Of all files together; those that were used longest ago go first."""
 
-_FORMAT = b"dora-serve norm scales 2"
+_FORMAT = "dora-serve norm scales 3"
 
 
 def default_folder() -> Path:
@@ -47,14 +47,15 @@ class ScaleCache:
         base = self.base()
         if base is None:
             return None
-        digest = hashlib.sha256(_FORMAT + base.encode())
+        # As strong as SHA-256, and four times as fast: most of the time that a known DoRA takes over a LoRA.
+        content, said = blake3(), [_FORMAT, base]
         for facts, tensors in modules:
-            digest.update(repr(facts).encode())
+            said.append(repr(facts))
             for tensor in tensors:
                 # The same bytes are other numbers in another dtype.
-                digest.update(f"{tensor.dtype} {tuple(tensor.shape)}\n".encode())
-                digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+                said.append(f"{tensor.dtype} {tuple(tensor.shape)}")
+                content.update(tensor.cpu().contiguous().view(torch.uint8).numpy().data)
+        return blake3("\n".join([*said, content.hexdigest()]).encode()).hexdigest()
 
     def get(self, key: str, like: Mapping[str, tuple[torch.dtype, int]]) -> dict[str, Tensor]:
         """The scales (out,) by name, of these dtypes and sizes; none where they are not all there."""
@@ -66,7 +67,7 @@ class ScaleCache:
             return {}
         whole = sum(dtype.itemsize * size for dtype, size in like.values())
         values = bytearray(data[_DIGEST:])
-        if len(values) != whole or hashlib.sha256(values).digest() != data[:_DIGEST]:
+        if len(values) != whole or blake3(values).digest() != data[:_DIGEST]:
             return {}
         found, place = {}, 0
         for name, (dtype, size) in sorted(like.items()):
@@ -81,7 +82,7 @@ class ScaleCache:
             self.folder.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile(dir=self.folder, prefix=".", delete=False) as file:
                 try:
-                    file.write(hashlib.sha256(values).digest() + values)
+                    file.write(blake3(values).digest() + values)
                     file.close()
                     os.replace(file.name, self.folder / key)
                 except BaseException:
@@ -99,7 +100,7 @@ class ScaleCache:
             total -= stat.st_size
 
 
-_DIGEST = hashlib.sha256().digest_size
+_DIGEST = blake3().digest_size
 
 
 def identity(
