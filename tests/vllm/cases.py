@@ -50,12 +50,14 @@ def serve(
     batches: Sequence[Sequence[Ask] | Swap],
     *,
     environment: Mapping[str, str] | None = None,
+    compiled: bool = False,
     **engine: Any,
 ) -> list[list[Answer]]:
-    """The batches, one after the other, in one vLLM; of a Swap there are no answers."""
+    """The batches, one after the other, in one vLLM; of a Swap there are no answers. compiled: as on a GPU."""
     job = {
         "model": str(model),
         "engine": engine,
+        "compiled": compiled,
         "adapters": {name: str(path) for name, path in adapters.items()},
         "batches": [
             {"adapter": batch.adapter, "path": str(batch.path)}

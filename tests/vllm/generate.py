@@ -2,8 +2,8 @@
 
 Job: model, engine (arguments of vllm.LLM), adapters (name -> path), batches: lists of {prompt, adapter, tokens}, prompt
 being text or token ids; or one {adapter, path}, to be loaded in place of that adapter. Answer: for each batch a list of
-{"tokens": [...], "logprobs": [...]}, or {"error": text}. With "classify": true the model is a classifier, and
-the answer has the probabilities of its classes for each request.
+{"tokens": [...], "logprobs": [...]}, or {"error": text}. With "compiled": true the model is compiled, adapters and all.
+With "classify": true the model is a classifier, and the answer has the probabilities of its classes for each request.
 """
 
 from __future__ import annotations
@@ -36,6 +36,10 @@ def main() -> None:
         engine |= {"enable_lora": True, "max_loras": 2, "max_lora_rank": 8}
     if job.get("classify"):
         engine |= {"runner": "pooling", "convert": "classify"}
+    if job.get("compiled"):
+        from tests.vllm.compiled_lora import compile_on_cpus
+
+        compile_on_cpus()
     llm = LLM(job["model"], **(engine | job["engine"]))
     loras = {
         name: LoRARequest(name, number, path) for number, (name, path) in enumerate(job["adapters"].items(), start=1)
@@ -44,6 +48,10 @@ def main() -> None:
         answer = [_probabilities(llm, batch, loras) for batch in job["batches"]]
     else:
         answer = [_run(llm, batch, loras, SamplingParams) for batch in job["batches"]]
+    if job.get("compiled"):
+        from vllm.compilation.counter import compilation_counter
+
+        assert compilation_counter.num_piecewise_graphs_seen > 1
     Path(sys.argv[1]).write_text(json.dumps(answer))  # vLLM talks on stdout
 
 
