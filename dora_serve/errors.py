@@ -98,3 +98,9 @@ class PlanError(DoraServeError):
 def no_such_path(what: str, path: Path) -> str:
     """A sentence for a path that is not there."""
     return f"{what} {str(path)!r} does not exist."
+
+
+def in_a_line(error: BaseException) -> str:
+    """Other people's error for a sentence of ours: its class and the first line of what it says."""
+    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason given")
+    return f"{type(error).__name__}: {first if len(first) <= 300 else f'{first[:300]}...'}"

@@ -13,7 +13,7 @@ from torch import Tensor
 from dora_serve.adapter import Adapter
 from dora_serve.checkpoint import open_checkpoint, read_json
 from dora_serve.comparison import Comparison, compare
-from dora_serve.errors import DoraServeError
+from dora_serve.errors import DoraServeError, in_a_line
 from dora_serve.progress import OnProgress, Progress, ignore_progress
 from dora_serve.prompts import Sample, make_samples, read_prompts
 from dora_serve.quantized.view import dense_view
@@ -54,8 +54,7 @@ def compare_adapters(
     except DoraServeError as error:
         return Difference(why_not=error.message)
     except Exception as error:  # other people's models raise what they like
-        line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-        return Difference(why_not=f"{type(error).__name__}: {line[:300]}")
+        return Difference(why_not=in_a_line(error))
 
 
 def _compare(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dora_serve.denoiser_inputs import nested
-from dora_serve.errors import DoraServeError
+from dora_serve.errors import DoraServeError, in_a_line
 from dora_serve.prompts import Sample, room_for
 
 
@@ -109,8 +109,7 @@ def as_cannot_run(what: str) -> Iterator[None]:
             f"{what}: the device has too little memory; another one can be named (--device cpu)."
         ) from error
     except Exception as error:
-        first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-        raise CannotRun(f"{what}: {type(error).__name__}: {first[:300]}") from error
+        raise CannotRun(f"{what}: {in_a_line(error)}") from error
 
 
 @contextmanager

@@ -42,6 +42,16 @@ def test_a_model_that_rows_do_not_fit(model_type: str, sizes: dict[str, Any], wh
         Engine(build("AutoModelForCausalLM", model_type, **sizes))
 
 
+def test_a_model_that_raises_in_rows_is_refused_in_its_own_words() -> None:
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError("one text at a time\nand more")
+
+    model = llama()
+    model.model.layers[0].forward = refuse
+    with pytest.raises(UnavailableError, match=r"\(NotImplementedError: one text at a time\)"):
+        Engine(model)
+
+
 def test_a_model_in_two_engines() -> None:
     model = llama()
     Engine(model)

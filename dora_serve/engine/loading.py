@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from dora_serve.devices import require_device
-from dora_serve.errors import CheckpointError, UnavailableError
+from dora_serve.errors import CheckpointError, UnavailableError, in_a_line
 from dora_serve.hub import locate
 from dora_serve.progress import OnProgress, Progress, ignore_progress
 from dora_serve.quiet import quiet_transformers
@@ -65,14 +65,14 @@ def load_base(
             tokenizer = load_tokenizer(located.path)
     except ImportError as error:  # of a quantized base, by transformers' quantizer
         raise UnavailableError(
-            f"The base {str(base)!r} cannot be loaded here: {_first_line(error)}",
+            f"The base {str(base)!r} cannot be loaded here: {in_a_line(error)}",
             remedy="Install what it names, or give a dense base: `dora-export merge` makes one of this base and an "
             "adapter, and needs no such library.",
             path=str(located.path),
         ) from error
     except Exception as error:  # transformers, safetensors and tokenizers raise a dozen kinds for what is damaged
         raise CheckpointError(
-            f"The base {str(base)!r} cannot be loaded as a causal language model: {_first_line(error)}",
+            f"The base {str(base)!r} cannot be loaded as a causal language model: {in_a_line(error)}",
             remedy="Give a folder or Hub id, whole, of a causal language model that transformers knows without code of "
             "its own.",
             path=str(located.path),
@@ -112,8 +112,3 @@ def load_tokenizer(folder: Path) -> Any:
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         return None
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-
-
-def _first_line(error: Exception) -> str:
-    line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return line if len(line) <= 300 else f"{line[:300]}..."

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dora_serve.engine.cache import RowCache
-from dora_serve.errors import UnavailableError
+from dora_serve.errors import UnavailableError, in_a_line
 
 _LENGTHS = (5, 3)
 
@@ -55,7 +55,7 @@ def require_same_alone(
         whole = forward(torch.stack([texts[1], other]), None).float()
         alone = whole[0, -1]
     except Exception as error:  # whatever a model raises that was not written for this
-        raise _unavailable(model, f"it cannot be run in rows ({type(error).__name__})") from error
+        raise _unavailable(model, f"it cannot be run in rows ({in_a_line(error)})") from error
     if not bool(torch.isfinite(alone).all()):
         raise _unavailable(model, "its logits are not finite")
     allowed = close_enough(model)

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from dora_serve.errors import DoraServeError, UnavailableError
+from dora_serve.errors import DoraServeError, UnavailableError, in_a_line
 from exporters.onnx.architectures import INSTEAD
 from exporters.onnx.empty_model import is_fake
 from exporters.onnx.optimizing import optimize
@@ -34,7 +34,7 @@ def as_untraceable(architecture: str) -> Iterator[None]:
     except Exception as error:
         raise UnavailableError(
             f"{architecture} cannot be exported to ONNX: torch {torch.__version__} cannot trace it: "
-            f"{_first_line(error)}.",
+            f"{in_a_line(error.__cause__ or error)}.",
             remedy=INSTEAD,
             architecture=architecture,
             untraceable=True,
@@ -68,11 +68,6 @@ def trace(graph: Traceable, opset: int) -> onnx_ir.Model:
 def weight_names(model: onnx_ir.Model) -> list[str]:
     """The initializers whose values come from the checkpoint, in the graph's order."""
     return [name for name, value in model.graph.initializers.items() if value.const_value is None]
-
-
-def _first_line(error: BaseException) -> str:
-    cause = error.__cause__ or error
-    return f"{type(cause).__name__}: {(str(cause).strip() or 'no reason given').splitlines()[0]}"
 
 
 def _empty_weights(model: onnx_ir.Model, module: object) -> None:
