@@ -28,18 +28,23 @@ if TYPE_CHECKING:
 def fake_mode() -> Iterator[FakeTensorMode]:
     """Within the mode tensors are made and computed with as shapes and dtypes alone; it is entered where it is wanted.
 
-    After the block nothing is left of them: transformers keeps some tables from call to call, BEiT's relative positions
-    among them, and a model with values would be given one without.
+    After the block nothing is left of them, and none is there before: transformers keeps some tables from call to call,
+    BEiT's relative positions among them, and a model with values would be given one without, or the other way round.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+    _forget_tables()
     try:
         yield FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     finally:
-        for kept in gc.get_objects():
-            if type(kept) is _LRU_CACHE and str(kept.__module__).startswith(_MODELS):
-                kept.cache_clear()
+        _forget_tables()
+
+
+def _forget_tables() -> None:
+    for kept in gc.get_objects():
+        if type(kept) is _LRU_CACHE and str(kept.__module__).startswith(_MODELS):
+            kept.cache_clear()
 
 
 _LRU_CACHE = type(cache(lambda: None))
