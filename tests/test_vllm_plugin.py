@@ -182,8 +182,7 @@ def test_a_batch_knows_whether_a_token_belongs_to_a_dora() -> None:
         batch.update(torch.tensor(slots), adapters, adapter_in_slot)
         assert batch.any_in_use is (row != NO_DORA)
         assert batch.row.item() == row
-        if row != NO_DORA:
-            assert batch.rows.tolist() == [2 if slot == -1 else slot for slot in slots]
+        assert batch.rows.tolist() == [2 if slot == -1 else slot for slot in slots]
 
 
 @pytest.fixture(scope="module")

@@ -40,9 +40,10 @@ class Batch:
         """token_slots: as `rows`, and -1 for the base; adapters: the id of each token's adapter, 0 for none."""
         ids, of_doras = set(adapters), {adapter_in_slot[slot] for slot in self.slots} - {None}
         self.any_in_use = not ids.isdisjoint(of_doras)
+        # For every batch: a CUDA graph reads the rows without a look at whether there is a DoRA.
+        torch.remainder(token_slots, len(adapter_in_slot) + 1, out=self.rows)
         self.only = NO_DORA
         if self.any_in_use:
-            torch.remainder(token_slots, len(adapter_in_slot) + 1, out=self.rows)
             self.only = SEVERAL if len(ids) > 1 else adapter_in_slot.index(*ids)
         self.row.fill_(self.only)
 

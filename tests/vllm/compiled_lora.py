@@ -1,11 +1,13 @@
 """vLLM that compiles a model with LoRA on a CPU as it does on a GPU: in pieces, once, with no look at the batch after.
 
 On a CPU it leaves such models as they are, since its functions of LoRA there look at the batch in Python. Those here do
-not, as those for GPUs: one custom operator, which reads buffers that never move.
+not, as those for GPUs: one custom operator, which reads buffers that never move. And the plugin's operator does what a
+CUDA graph holds of it, which was captured with dummies that count as DoRA.
 """
 
 # No `from __future__ import annotations`: torch reads the operator's schema off the annotations themselves.
 
+from functools import wraps
 from typing import Any
 
 import torch
@@ -14,6 +16,8 @@ from vllm.compilation.passes.utility.fix_functionalization import FixFunctionali
 from vllm.config import CompilationMode
 from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
 from vllm.platforms.cpu import CpuPlatform
+
+from dora_serve.vllm_plugin import scaling
 
 
 @torch.library.custom_op("dora_tests::add_lora", mutates_args=["y"])
@@ -58,6 +62,11 @@ class CompilablePunicaWrapper(PunicaWrapperBase):
     add_shrink = add_expand = apply_lora_full_linear = _is_not_called
 
 
+@wraps(scaling.scale_rows)
+def captured(outputs: Tensor, norm_scale: Tensor, offset: Any, rows: Tensor, row: Tensor) -> None:
+    scaling._scale(outputs, norm_scale, offset, rows[: len(outputs)])
+
+
 def compile_on_cpus() -> None:
     """Of this process, before it makes an engine."""
     check = CpuPlatform.check_and_update_config.__func__
@@ -71,5 +80,6 @@ def compile_on_cpus() -> None:
     CpuPlatform.check_and_update_config = classmethod(check_and_update_config)
     wrapper = f"{__name__}.{CompilablePunicaWrapper.__name__}"
     CpuPlatform.get_punica_wrapper = classmethod(lambda cls: wrapper)
+    scaling.scale_rows = captured
     # It names operators of vLLM's that its build for CPUs has not got, and does nothing to others.
     FixFunctionalizationPass.__call__ = lambda self, graph: None
