@@ -19,6 +19,7 @@ from dora_serve.vllm_plugin.layers import Module
 
 _MERGE_IT = "merge it with `dora-export merge` and serve the result"
 _INCOMPLETE = "the file is incomplete"
+_NO_FACTORS = "a magnitude, and neither lora_A nor lora_B"
 
 
 @dataclass(frozen=True)
@@ -39,19 +40,21 @@ def placed(manager: Any, lora: Any, trained: Trained) -> list[tuple[str, Any, li
     Raises PlanError with all that the layers cannot take.
     """
     problems: list[Problem] = []
-    taken: set[str] = set()
+    placed_names: set[str] = set()
     found: list[tuple[str, Any, list[Module | None]]] = []
     for name, layer, weights in _layers(manager, lora):
         modules = [_module(one, trained, manager.lora_config.max_lora_rank, problems) for one in weights]
+        placed_names |= {one.module_name for one in weights if one is not None}
         if any(modules):
-            taken |= {module.name for module in modules if module is not None}
             problem = _unservable(manager, name, layer) or _misfit(name, layer, [_shape(one) for one in modules])
             if problem is not None:
                 problems.append(problem)
             found.append((name, layer, modules))
     elsewhere = _on_other_stages(manager.model)
-    for name in trained.magnitudes.keys() - taken:
-        if not f"{name}.".startswith(elsewhere):
+    for name in trained.magnitudes.keys() - placed_names:
+        if name not in lora.loras:
+            problems.append(Problem(trained.names[name], _NO_FACTORS, "lora_A and lora_B", _INCOMPLETE))
+        elif not f"{name}.".startswith(elsewhere):
             problems.append(Problem(trained.names[name], "a magnitude", "a layer that vLLM can adapt", _MERGE_IT))
     if problems:
         raise refused("DoRA", sorted(set(problems), key=str))

@@ -235,6 +235,12 @@ def _leave_out_a_factor(tensors: dict[str, torch.Tensor], config: dict[str, Any]
     del tensors[next(name for name in tensors if "lora_A" in name)]
 
 
+def _leave_out_both_factors(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
+    module = next(name for name in tensors if "lora_magnitude" in name).partition(".lora_magnitude")[0]
+    for name in [name for name in tensors if name.startswith((f"{module}.lora_A", f"{module}.lora_B"))]:
+        del tensors[name]
+
+
 def _say_another_rank(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
     _raise_the_rank(tensors, config)
     config["r"] = 4
@@ -265,6 +271,7 @@ FAULTS: dict[str, tuple[Fault, str]] = {
     "no number": (_lose_the_magnitudes, "a magnitude that is not finite"),
     "infinite": (_overflow, "values that are not finite"),
     "half a module": (_leave_out_a_factor, "no lora_A"),
+    "a magnitude alone": (_leave_out_both_factors, "neither lora_A nor lora_B"),
     "said otherwise": (_say_another_rank, "of one rank, of at most 8"),
     "a word": (_say_no_number, "lora_alpha = '8'"),
     "bias": (_train_a_bias, "dora-export merge"),
@@ -301,6 +308,8 @@ def test_bad_adapters_are_refused_in_our_words_and_the_server_lives_on(
         message = refused("good", folder, load_inplace=True)
         assert "dora-serve: " in message, name
         assert sentence in message, (name, message)
+        # Said of what belongs nowhere, and of nothing whose own fault has been named.
+        assert ("a layer that vLLM can adapt" in message) is (name == "no such layer"), (name, message)
     cut = shutil.copytree(good, tmp_path / "cut")
     weights = (cut / "adapter_model.safetensors").read_bytes()
     (cut / "adapter_model.safetensors").write_bytes(weights[: len(weights) // 2])
