@@ -61,6 +61,14 @@ def is_head(layer: Any) -> bool:
     return isinstance(layer, LogitsProcessorWithLoRA)
 
 
+def read_by_attention(model: Any) -> list[Any]:
+    """The layers whose weights attention takes itself, past what is wrapped around them: kv_b_proj where it is MLA."""
+    from vllm.model_executor.layers.attention import MLAAttention
+
+    found = [one.kv_b_proj for one in model.modules() if isinstance(one, MLAAttention)]
+    return [getattr(one, "base_layer", one) for one in found]
+
+
 def is_row_parallel(layer: Any) -> bool:
     from vllm.lora.layers import RowParallelLinearWithLoRA
 

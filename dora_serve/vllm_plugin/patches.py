@@ -80,7 +80,9 @@ def patch_worker() -> None:
         (vocab_parallel_embedding.VocabParallelEmbeddingWithLoRA, "forward", _scale_output),
         (logits_processor.LogitsProcessorWithLoRA, "_get_logits", _scale_logits),
         (LoRAConfig, "compute_hash", _tell_compiled_graphs_apart),
-        # A fault of vLLM's on CPUs, with LoRA as with DoRA.
+        # Faults of vLLM's, with LoRA as with DoRA: in the embeddings of its Transformers backend, and on CPUs.
+        (vocab_parallel_embedding.VocabParallelEmbeddingWithLoRA, "forward", _look_up_each_token),
+        (vocab_parallel_embedding.VocabParallelEmbeddingWithLoRA, "set_lora", _scale_as_the_embedding),
         (PunicaWrapperCPU, "update_metadata", _keep_off_the_base),
     )
     if made:
@@ -429,6 +431,27 @@ def _tell_compiled_graphs_apart(original: Callable[..., Any]) -> Callable[..., A
         return f"{original(self)}-dora-serve-{__version__}"
 
     return compute_hash
+
+
+def _look_up_each_token(original: Callable[..., Any]) -> Callable[..., Any]:
+    """VocabParallelEmbeddingWithLoRA.forward takes rows for tokens. vLLM's Transformers backend has all tokens in one
+    row, and each of them got lora_A of the first one's adapter."""
+
+    def forward(self: Any, x: Any) -> Any:
+        return original(self, x.flatten()).view(*x.shape, -1)
+
+    return forward
+
+
+def _scale_as_the_embedding(original: Callable[..., Any]) -> Callable[..., Any]:
+    """VocabParallelEmbeddingWithLoRA.set_lora: in vLLM's Transformers backend an embedding may multiply what it looks
+    up, as Gemma's do, and what an adapter adds has to be multiplied as well."""
+
+    def set_lora(self: Any, index: int, lora_a: Any, lora_b: Any) -> None:
+        scale = getattr(self.base_layer, "embed_scale", None)
+        original(self, index, lora_a, lora_b if scale is None else lora_b * float(scale))
+
+    return set_lora
 
 
 def _keep_off_the_base(original: Callable[..., Any]) -> Callable[..., Any]:

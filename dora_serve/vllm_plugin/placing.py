@@ -42,11 +42,13 @@ def placed(manager: Any, lora: Any, trained: Trained) -> list[tuple[str, Any, li
     problems: list[Problem] = []
     placed_names: set[str] = set()
     found: list[tuple[str, Any, list[Module | None]]] = []
+    folded = layers.read_by_attention(manager.model)
     for name, layer, weights in _layers(manager, lora):
         modules = [_module(one, trained, manager.lora_config.max_lora_rank, problems) for one in weights]
         placed_names |= {one.module_name for one in weights if one is not None}
         if any(modules):
-            problem = _unservable(manager, name, layer) or _misfit(name, layer, [_shape(one) for one in modules])
+            shapes = [_shape(one) for one in modules]
+            problem = _unservable(manager, name, layer, folded) or _misfit(name, layer, shapes)
             if problem is not None:
                 problems.append(problem)
             found.append((name, layer, modules))
@@ -55,7 +57,9 @@ def placed(manager: Any, lora: Any, trained: Trained) -> list[tuple[str, Any, li
         if name not in lora.loras:
             problems.append(Problem(trained.names[name], _NO_FACTORS, "lora_A and lora_B", _INCOMPLETE))
         elif not f"{name}.".startswith(elsewhere):
-            problems.append(Problem(trained.names[name], "a magnitude", "a layer that vLLM can adapt", _MERGE_IT))
+            left_out = manager.lora_config.target_modules is not None and not manager._match_target_modules(name)
+            wanted = "one of --lora-target-modules" if left_out else "a layer that vLLM can adapt"
+            problems.append(Problem(trained.names[name], "a magnitude", wanted, _MERGE_IT))
     if problems:
         raise refused("DoRA", sorted(set(problems), key=str))
     return found
@@ -160,8 +164,12 @@ def _misfit(name: str, layer: Any, shapes: Sequence[tuple[int, int] | None]) -> 
     return None
 
 
-def _unservable(manager: Any, name: str, layer: Any) -> Problem | None:
-    if layers.is_linear(layer) or layers.is_embedding(layer):
+def _unservable(manager: Any, name: str, layer: Any, read_by_attention: Sequence[Any]) -> Problem | None:
+    if layers.is_linear(layer):
+        if not any(one is layer.base_layer for one in read_by_attention):
+            return None
+        return Problem(name, "DoRA on what vLLM's MLA folds into its attention", "other layers", _MERGE_IT)
+    if layers.is_embedding(layer):
         return None
     if layers.is_head(layer):
         head, _ = layers.head_weight(manager, name)
