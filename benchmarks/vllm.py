@@ -87,7 +87,7 @@ def serve() -> None:
     for line in sys.stdin:
         kind, name = line.split()
         for owner, attribute, function in patched:
-            setattr(owner, attribute, function if kind == "with" else function.__wrapped__)
+            setattr(owner, attribute, function if kind == "with" else _of_vllm(function))
         batch = BATCHES[name]
         adapters = [batch[number % len(batch)] for number in range(REQUESTS)]
         requests = [loras[name] if name else None for name in adapters]
@@ -99,18 +99,26 @@ def serve() -> None:
 def patched_functions() -> Iterator[tuple[Any, str, Any]]:
     """Whose, its name and the plugin's function: all of vLLM's that a step may call in another form. Those that load
     adapters stay as they are: they do not run here, and what they have read does not change."""
-    from dora_serve.vllm_plugin import patches
-
     modules = [module for name, module in sys.modules.items() if name.startswith("vllm.")]
     owners = {id(one): one for module in modules for one in (module, *filter(_is_class, vars(module).values()))}
     for owner in owners.values():
         for attribute, function in list(vars(owner).items()):
-            is_own = isinstance(function, FunctionType) and function.__code__.co_filename == patches.__file__
-            if is_own and attribute not in LOADING:
+            if _is_patch(function) and attribute not in LOADING:
                 yield owner, attribute, function
 
 
-LOADING = ("activate_adapter", "_load_adapter", "__init__", "set_mapping")
+def _is_patch(function: Any) -> bool:
+    from dora_serve.vllm_plugin import patches
+
+    return isinstance(function, FunctionType) and function.__code__.co_filename == patches.__file__
+
+
+def _of_vllm(function: Any) -> Any:
+    """What a patch replaces, or several of one function."""
+    return _of_vllm(function.__wrapped__) if _is_patch(function) else function
+
+
+LOADING = ("activate_adapter", "_load_adapter", "__init__", "set_mapping", "set_lora")
 """What makes and fills what the others look at."""
 
 

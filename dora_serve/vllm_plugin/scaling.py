@@ -41,7 +41,8 @@ class Batch:
         ids, of_doras = set(adapters), {adapter_in_slot[slot] for slot in self.slots} - {None}
         self.any_in_use = not ids.isdisjoint(of_doras)
         # For every batch: a CUDA graph reads the rows without a look at whether there is a DoRA.
-        torch.remainder(token_slots, len(adapter_in_slot) + 1, out=self.rows)
+        tokens = len(adapters)
+        torch.remainder(token_slots[:tokens], len(adapter_in_slot) + 1, out=self.rows[:tokens])
         self.only = NO_DORA
         if self.any_in_use:
             self.only = SEVERAL if len(ids) > 1 else adapter_in_slot.index(*ids)
